@@ -1,0 +1,144 @@
+"""Finite shifts: the gradient test holds to first order, these hold at any size.
+
+A gradient cannot see an argmax, a branch on the mean, a `no_grad` reader or a dead ReLU. Large random
+shifts along the proposed axes wake them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .bench import Bench, relative_change
+from .facts import Fold, fold_tensor
+
+T = TypeVar("T")
+
+
+def spread(tensor: Tensor) -> float:
+    """The unit of a shift: the tensor's own standard deviation, 1 where it has none."""
+    std = tensor.std().item() if tensor.numel() > 1 else 0.0
+    return std if std > 0 else 1.0
+
+
+def shifted(leaves: Mapping[str, Tensor], folds: Iterable[Fold], scale: float) -> dict[str, Tensor]:
+    r"""Each folded leaf plus $c \otimes 1_n$, $c$ normal, `scale` times the leaf's spread."""
+    generator = torch.Generator().manual_seed(2)
+    values: dict[str, Tensor] = {}
+    for fold in folds:
+        leaf = leaves[fold.parameter].detach()
+        view = fold.view(values.get(fold.parameter, leaf))
+        shape = list(view.shape)
+        shape[fold.axis + 1] = 1
+        shift = torch.randn(shape, generator=generator, dtype=torch.float32).to(leaf)
+        mask = fold.mask(leaf)
+        shift *= scale * spread(leaf) if mask is None else scale * spread(leaf) * mask
+        values[fold.parameter] = (view + shift).reshape(leaf.shape)
+    return values
+
+
+def folded(leaves: Mapping[str, Tensor], folds: Iterable[Fold]) -> dict[str, Tensor]:
+    """Each folded leaf, centred."""
+    values: dict[str, Tensor] = {}
+    for fold in folds:
+        leaf = values.get(fold.parameter, leaves[fold.parameter])
+        values[fold.parameter] = fold_tensor(leaf, fold)
+    return values
+
+
+def settle(items: Sequence[T], holds: Callable[[Sequence[T]], bool]) -> list[T]:
+    """A large subset that holds jointly: bisect, then test the survivors together again."""
+    if not items or holds(items):
+        return list(items)
+    if len(items) == 1:
+        return []
+    middle = len(items) // 2
+    left, right = settle(items[:middle], holds), settle(items[middle:], holds)
+    if not left or not right or holds([*left, *right]):
+        return [*left, *right]
+    return max(left, right, key=len)
+
+
+def confirm(bench: Bench, folds: Sequence[Fold], before: list[Tensor]) -> list[Fold]:
+    """The folds whose axes can be shifted, together and far, without moving an output."""
+    leaves = bench.leaves()
+
+    def holds(group: Sequence[Fold]) -> bool:
+        for scale in bench.tolerance.shifts:
+            with bench.replaced(shifted(leaves, group, scale)):
+                if relative_change(before, bench.measure()) > bench.tolerance.moved:
+                    return False
+        return True
+
+    return settle(folds, holds)
+
+
+def unseen_folds(bench: Bench, dead: Iterable[str], before: list[Tensor]) -> list[Fold]:
+    """Proposals for tables read under `no_grad`: noise on them moves the outputs, a shift moves a norm's
+    mean. `confirm` decides."""
+    leaves = bench.leaves()
+    sizes = set(bench.sizes)
+    names = [n for n in dead if leaves[n].ndim > 1 and leaves[n].shape[-1] in sizes]
+    generator = torch.Generator().manual_seed(3)
+
+    def idle(group: Sequence[str]) -> bool:
+        noisy = {}
+        for name in group:
+            x = leaves[name]
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+            noisy[name] = x + noise * spread(x)
+        with bench.replaced(noisy):
+            return relative_change(before, bench.measure()) == 0
+
+    def used(group: Sequence[str]) -> list[str]:
+        if not group or idle(group):
+            return []
+        if len(group) == 1:
+            return list(group)
+        middle = len(group) // 2
+        return [*used(group[:middle]), *used(group[middle:])]
+
+    means = bench.means()[0]
+    proposed = []
+    for name in used(names):
+        fold = Fold(name, leaves[name].ndim - 1, leaves[name].shape[-1])
+        with bench.replaced(shifted(leaves, [fold], 3.0)):
+            after = bench.means()[0]
+        if any(abs(after[n] - means.get(n, 0.0)) > bench.tolerance.mean for n in after):
+            proposed.append(fold)
+    return proposed
+
+
+def sibling_folds(bench: Bench, folds: Sequence[Fold], dead: Iterable[str]) -> list[Fold]:
+    """Folds for parameters the probe never reached whose reached siblings all fold: idle experts.
+
+    Siblings have the same shape and a name that differs in digits only.
+    """
+
+    def family(name: str) -> tuple[str, torch.Size]:
+        return re.sub(r"\d+", "#", name), leaves[name].shape
+
+    leaves = bench.leaves()
+    dead = set(dead)
+    alive: dict[tuple[str, torch.Size], set[str]] = defaultdict(set)
+    for name in leaves:
+        if name not in dead:
+            alive[family(name)].add(name)
+    views: dict[tuple[str, torch.Size], dict[Fold, set[str]]] = defaultdict(
+        lambda: defaultdict(set)
+    )
+    for fold in folds:
+        views[family(fold.parameter)][replace(fold, parameter="")].add(fold.parameter)
+    done = {fold.parameter for fold in folds}
+    return [
+        replace(view, parameter=name)
+        for name in sorted(dead - done)
+        for view, members in views.get(family(name), {}).items()
+        if members == alive[family(name)]
+    ]
