@@ -1,0 +1,34 @@
+"""hf_rmsnorm: LayerNorm to RMSNorm or pRMSNorm in any Hugging Face model.
+
+>>> from torch import nn
+>>> from hf_rmsnorm import patch_model
+>>> model = patch_model(nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), strategy="direct")
+"""
+
+from typing import Any
+
+from . import functional as functional
+from ._transformers import connect
+from .errors import PatchError as PatchError
+from .errors import VerificationError as VerificationError
+from .modules import PartialRMSNorm as PartialRMSNorm
+from .modules import RMSNorm as RMSNorm
+from .patching import PatchReport as PatchReport
+from .patching import patch_model as patch_model
+from .patching import patch_report as patch_report
+from .patching import unpatch_model as unpatch_model
+from .planning import PatchPlan as PatchPlan
+from .planning import Site as Site
+from .planning import plan_patch as plan_patch
+
+__version__ = "0.1.0"
+
+connect()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "from_pretrained":  # needs transformers, which the rest does not
+        from .hub.loading import from_pretrained
+
+        return from_pretrained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,160 @@
+"""`RMSNorm` and `PartialRMSNorm`: drop-in replacements for `torch.nn.LayerNorm`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+
+
+class RMSNorm(nn.LayerNorm):
+    r"""Root mean square layer normalisation (Zhang & Sennrich 2019, eq. 4).
+
+    $$y = \frac{x}{\sqrt{\frac{1}{n}\sum_{i=1}^{n} x_i^2 + \epsilon}} \odot w + b$$
+
+    over the last dimensions `normalized_shape`, with statistics in float32 (float64 for float64
+    input). It takes the arguments of `torch.nn.LayerNorm` and is a subclass of it, so that weight
+    decay groups, initialisers and state-dict keys (`weight`, `bias`) stay as they are.
+
+    Args:
+        normalized_shape: sizes of the last dimensions, as for `nn.LayerNorm`.
+        eps: added to the mean of squares, inside the root.
+        elementwise_affine: learn `weight` (and `bias`).
+        bias: learn `bias` too.
+        device, dtype: of the parameters.
+
+    Shapes: `(..., *normalized_shape)` to the same shape.
+
+    Example:
+        >>> import torch
+        >>> norm = RMSNorm(6)
+        >>> norm(torch.ones(2, 6)).shape
+        torch.Size([2, 6])
+    """
+
+    # Class-level defaults: a plain `nn.LayerNorm` becomes an `RMSNorm` by its class alone.
+    p: float = 1.0
+    weight_offset: float = 0.0
+    casting: Literal["gemma", "llama"] = "gemma"
+    channels_first: bool = False
+    autocast_float32: bool = True
+
+    is_hf_rmsnorm = True
+    # A user's kernel mapping for nn.LayerNorm must not reach this subclass.
+    kernel_condition = staticmethod(lambda module: False)
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+        if not shape or any(size < 1 for size in shape):
+            raise ValueError(
+                f"normalized_shape must be one or more sizes of at least 1, got {normalized_shape}"
+            )
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+
+    @property
+    def variance_epsilon(self) -> float:
+        """`eps` under the name Llama-like classes use for it."""
+        return self.eps
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.channels_first:
+            return self._normalize(input.movedim(1, -1)).movedim(-1, 1)
+        return self._normalize(input)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        if (
+            self.autocast_float32
+            and x.dtype in (torch.float16, torch.bfloat16)
+            and x.device.type != "cpu"
+            and torch.is_autocast_enabled(x.device.type)
+        ):
+            x = x.float()  # what autocast does to F.layer_norm off the CPU
+        weight, bias, shape = self.weight, self.bias, x.shape
+        dims = len(self.normalized_shape)
+        if dims > 1:
+            if shape[-dims:] != tuple(self.normalized_shape):
+                raise ValueError(
+                    f"RMSNorm over {tuple(self.normalized_shape)} got input of shape {tuple(shape)}"
+                )
+            x = x.flatten(-dims)
+            weight = None if weight is None else weight.flatten()
+            bias = None if bias is None else bias.flatten()
+        if weight is not None and weight.dim() > 1:
+            return self._per_head(x, weight, bias)
+        y = functional.rms_norm(
+            x,
+            weight,
+            bias,
+            eps=self.eps,
+            p=self.p,
+            weight_offset=self.weight_offset,
+            casting=self.casting,
+        )
+        return y.view(shape) if dims > 1 else y
+
+    def _per_head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A weight of shape `(heads, hidden)`: the statistic is per head, so is the weight."""
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        y = functional.rms_norm(wide, eps=self.eps, p=self.p)
+        y = y * (weight + self.weight_offset).to(y.dtype)
+        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        parts = [f"{tuple(self.normalized_shape)}", f"eps={self.eps}"]
+        if self.p != 1.0:
+            hidden = math.prod(self.normalized_shape)
+            parts.append(f"p={self.p} (first {functional.statistic_size(hidden, self.p)} features)")
+        if self.elementwise_affine:
+            parts.append(f"bias={self.bias is not None}")
+        else:
+            parts.append("elementwise_affine=False")
+        for name in ("weight_offset", "casting", "channels_first"):
+            if getattr(self, name) != getattr(RMSNorm, name):
+                parts.append(f"{name}={getattr(self, name)}")
+        return ", ".join(parts)
+
+
+class PartialRMSNorm(RMSNorm):
+    r"""pRMSNorm: the statistic is estimated from the first `p` of the features (paper, sec. 4.1).
+
+    $$y = \frac{x}{\sqrt{\frac{1}{k}\sum_{i=1}^{k} x_i^2 + \epsilon}} \odot w + b,
+    \qquad k = \lceil n p \rceil$$
+
+    All features are scaled; only the first `k` are measured.
+
+    Args:
+        p: share of the features in the statistic, in (0, 1]; the paper uses 0.0625.
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as for `RMSNorm`.
+
+    Example:
+        >>> PartialRMSNorm(96, p=0.0625, bias=False)
+        PartialRMSNorm((96,), eps=1e-05, p=0.0625 (first 6 features), bias=False)
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        p: float = 0.0625,
+    ):
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        functional.statistic_size(math.prod(self.normalized_shape), p)
+        self.p = p

@@ -1,0 +1,237 @@
+"""Patched models through `save_pretrained` and back; never a LayerNorm model in silence."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import hf_rmsnorm
+from hf_rmsnorm import PartialRMSNorm, PatchError, patch_model, patch_report
+
+TOKENS = {"input_ids": torch.tensor([[5, 9, 2, 40, 11, 7]])}
+
+
+def gpt2(seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=53, n_embd=24, n_layer=3, n_head=2, n_positions=16, eos_token_id=2
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def forward(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**TOKENS)[0]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Tensor]:
+    model = patch_model(gpt2(), "prmsnorm", p=0.25, strategy="direct", exclude="*.h.1.ln_2")
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", forward(model)
+
+
+def test_every_way_of_loading_gives_the_same_numbers(saved: tuple[Path, Tensor]) -> None:
+    path, expected = saved
+    loaders = (
+        hf_rmsnorm.from_pretrained,
+        transformers.AutoModelForCausalLM.from_pretrained,
+    )
+    for load in loaders:
+        model = load(path).eval()
+        assert torch.equal(forward(model), expected)
+        assert type(model).__name__ == "GPT2LMHeadModel"
+        assert type(model.transformer.h[0].ln_2) is PartialRMSNorm
+        assert type(model.transformer.h[1].ln_2) is nn.LayerNorm
+        assert patch_report(model).plan.p == 0.25
+
+
+def test_the_base_model_and_other_heads_load_patched(saved: tuple[Path, Tensor]) -> None:
+    path, _ = saved
+    base = transformers.AutoModel.from_pretrained(path)
+    assert type(base).__name__ == "GPT2Model" and type(base.ln_f) is PartialRMSNorm
+    base.save_pretrained(path.parent / "base")
+    again = transformers.AutoModelForCausalLM.from_pretrained(path.parent / "base")
+    assert type(again.transformer.ln_f) is PartialRMSNorm
+    torch.manual_seed(0)
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+    assert type(other.transformer.h[2].ln_1) is PartialRMSNorm
+
+
+def test_a_loaded_model_saves_and_loads_again(saved: tuple[Path, Tensor]) -> None:
+    path, expected = saved
+    model = hf_rmsnorm.from_pretrained(path)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(2)
+    model.save_pretrained(path.parent / "second")
+    again = hf_rmsnorm.from_pretrained(path.parent / "second").eval()
+    assert torch.equal(forward(again), forward(model.eval()))
+    assert not torch.equal(forward(again), expected)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("first", ["hf_rmsnorm", "transformers"])
+def test_the_order_of_imports_does_not_matter(saved: tuple[Path, Tensor], first: str) -> None:
+    path, _ = saved
+    second = {"hf_rmsnorm": "transformers", "transformers": "hf_rmsnorm"}[first]
+    code = (
+        f"import {first}, {second}, sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(type(model.transformer.ln_f).__name__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() == "PartialRMSNorm", run.stderr
+
+
+@pytest.mark.launch
+def test_without_the_package_loading_fails_loudly(saved: tuple[Path, Tensor]) -> None:
+    path, _ = saved
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "model type `hf_rmsnorm`" in run.stderr
+
+
+def test_unpatched_models_in_the_same_process_are_untouched(saved: tuple[Path, Tensor]) -> None:
+    path, _ = saved
+    plain = gpt2()
+    plain.save_pretrained(path.parent / "plain")
+    hf_rmsnorm.from_pretrained(path)
+    for load in (
+        hf_rmsnorm.from_pretrained,
+        transformers.AutoModelForCausalLM.from_pretrained,
+        transformers.GPT2LMHeadModel.from_pretrained,
+    ):
+        model = load(path.parent / "plain").eval()
+        assert type(model.transformer.ln_f) is nn.LayerNorm
+        assert torch.equal(forward(model), forward(plain))
+
+
+def test_the_config_is_marked_and_unmarked() -> None:
+    model = gpt2()
+    shared, before = model.config, model.config.to_dict()
+    patch_model(model, strategy="direct")
+    assert shared.to_dict() == before, "another model may share the config"
+    assert model.config is model.transformer.config
+    assert model.config._attn_implementation == shared._attn_implementation
+    assert isinstance(model.config, transformers.GPT2Config)
+    assert model.config.to_dict()["model_type"] == "hf_rmsnorm"
+    assert pickle.loads(pickle.dumps(model.config)).to_dict() == model.config.to_dict()
+    hf_rmsnorm.unpatch_model(model)
+    assert type(model.config) is transformers.GPT2Config
+    assert model.config.to_dict() == before
+
+
+def test_submodels_with_their_own_config_are_marked_too(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": 50, "max_position_embeddings": 9},
+        vision_config={**sizes, "image_size": 12, "patch_size": 4},
+        projection_dim=8,
+    )
+    model = patch_model(transformers.CLIPModel(config).eval(), strategy="direct")
+    model.save_pretrained(tmp_path / "clip")
+    again = hf_rmsnorm.from_pretrained(tmp_path / "clip").eval()
+    inputs = {
+        "input_ids": torch.tensor([[3, 4, 5, 49]]),
+        "pixel_values": torch.randn(1, 3, 12, 12),
+    }
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
+    model.vision_model.save_pretrained(tmp_path / "vision")
+    data = json.loads((tmp_path / "vision" / "config.json").read_text())
+    assert data["model_type"] == "hf_rmsnorm"
+
+
+def edit(path: Path, **changes: object) -> None:
+    data = json.loads((path / "config.json").read_text())
+    for key, value in changes.items():
+        data[key] = value
+    (path / "config.json").write_text(json.dumps(data))
+
+
+def test_damaged_records_are_refused(saved: tuple[Path, Tensor]) -> None:
+    path, _ = saved
+    record = json.loads((path / "config.json").read_text())["hf_rmsnorm"]
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"hf_rmsnorm": None}, "no usable 'hf_rmsnorm' record"),
+        ({"hf_rmsnorm": {**record, "version": 99}}, "update the package"),
+        ({"hf_rmsnorm": record, "base_model_type": "nonesuch"}, "'nonesuch'"),
+    ]
+    for changes, message in cases:
+        edit(path, **changes)
+        for load in (
+            hf_rmsnorm.from_pretrained,
+            transformers.AutoModelForCausalLM.from_pretrained,
+        ):
+            with pytest.raises(PatchError, match=message):
+                load(path)
+    wrong = [{**row, "name": row["name"].replace("ln_f", "norm")} for row in record["sites"]]
+    edit(path, hf_rmsnorm={**record, "sites": wrong}, base_model_type="gpt2")
+    with pytest.raises(PatchError, match=r"names 'transformer.norm', which this GPT2LMHeadModel"):
+        hf_rmsnorm.from_pretrained(path)
+
+
+def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match=r"is not a checkpoint: it has no config\.json"):
+        hf_rmsnorm.from_pretrained(tmp_path)
+
+
+def gemma() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(
+        vocab_size=53,
+        hidden_size=24,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=12,
+    )
+    model = transformers.GemmaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def test_rms_models_with_our_kernel_stay_stock_checkpoints(tmp_path: Path) -> None:
+    model = patch_model(gemma())
+    model.save_pretrained(tmp_path)
+    again = transformers.GemmaForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again.model.norm).__name__ == "GemmaRMSNorm"
+    torch.testing.assert_close(forward(again), forward(model))
+
+
+def test_rms_models_made_partial_keep_their_offset(tmp_path: Path) -> None:
+    model = patch_model(gemma(), "prmsnorm", strategy="direct")
+    model.save_pretrained(tmp_path)
+    again = hf_rmsnorm.from_pretrained(tmp_path).eval()
+    assert type(again.model.norm) is PartialRMSNorm and again.model.norm.weight_offset == 1.0
+    assert torch.equal(forward(again), forward(model))

@@ -1,0 +1,101 @@
+"""`RMSNorm` and `PartialRMSNorm` as modules: formula, keys, shapes, errors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_rmsnorm import PartialRMSNorm, RMSNorm
+
+
+def formula(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, k: int, dims: int = 1
+) -> Tensor:
+    flat = x.double().flatten(-dims)
+    y = flat / (flat[..., :k].square().mean(-1, keepdim=True) + eps).sqrt()
+    y = y.view(x.shape)
+    y = y if weight is None else y * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+def randomised(norm: RMSNorm) -> RMSNorm:
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+    return norm
+
+
+@pytest.mark.parametrize("affine,bias", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("cls,k", [(RMSNorm, 48), (PartialRMSNorm, 3)])
+def test_computes_the_formula(cls: type[RMSNorm], k: int, affine: bool, bias: bool) -> None:
+    norm = randomised(cls(48, eps=0.03, elementwise_affine=affine, bias=bias))
+    x = torch.randn(5, 7, 48)
+    expected = formula(x, norm.weight, norm.bias, 0.03, k)
+    torch.testing.assert_close(norm(x), expected.float())
+    keys = [name for name, there in (("weight", affine), ("bias", bias)) if there]
+    assert list(norm.state_dict()) == keys
+
+
+def test_state_dicts_are_layernorms() -> None:
+    layer_norm = nn.LayerNorm(12)
+    norm = RMSNorm(12)
+    assert norm.load_state_dict(layer_norm.state_dict()).missing_keys == []
+    assert norm.state_dict().keys() == layer_norm.state_dict().keys()
+
+
+def test_several_normalised_dimensions_share_one_statistic() -> None:
+    norm = randomised(RMSNorm((3, 5)))
+    x = torch.randn(4, 3, 5)
+    expected = formula(x, norm.weight, norm.bias, norm.eps, 15, dims=2)
+    torch.testing.assert_close(norm(x), expected.float())
+    with pytest.raises(ValueError, match=r"over \(3, 5\) got input of shape \(4, 5, 3\)"):
+        norm(x.transpose(1, 2))
+
+
+def test_channels_first_normalises_axis_one() -> None:
+    norm = randomised(RMSNorm(6))
+    norm.channels_first = True
+    x = torch.randn(2, 6, 3, 4)
+    expected = formula(x.permute(0, 2, 3, 1), norm.weight, norm.bias, norm.eps, 6)
+    torch.testing.assert_close(norm(x), expected.permute(0, 3, 1, 2).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_weight_per_head(dtype: torch.dtype) -> None:
+    norm = RMSNorm(8, bias=False).to(dtype)
+    norm.weight = nn.Parameter(torch.randn(3, 8, dtype=dtype))
+    x = torch.randn(2, 5, 3, 8, dtype=dtype)
+    expected = formula(x, norm.weight, None, norm.eps, 8)
+    torch.testing.assert_close(norm(x), expected.to(dtype))
+    assert norm(x).dtype == dtype
+
+
+@pytest.mark.parametrize("arguments", [{"p": 0.0}, {"p": -0.1}, {"p": 1.5}, {"p": float("nan")}])
+def test_p_must_be_a_share(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="p"):
+        PartialRMSNorm(8, **arguments)
+
+
+@pytest.mark.parametrize("shape", [0, [], [4, 0], -3])
+def test_normalized_shape_must_have_features(shape: int | list[int]) -> None:
+    with pytest.raises(ValueError, match="normalized_shape"):
+        RMSNorm(shape)
+
+
+def test_survives_copying_and_pickling() -> None:
+    norm = randomised(PartialRMSNorm(32, p=0.25))
+    x = torch.randn(3, 32)
+    for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert torch.equal(twin(x), norm(x))
+
+
+def test_repr_says_what_it_computes() -> None:
+    assert repr(RMSNorm(4)) == "RMSNorm((4,), eps=1e-05, bias=True)"
+    assert "p=0.25 (first 2 features)" in repr(PartialRMSNorm(8, p=0.25))
+    odd = RMSNorm(4)
+    odd.weight_offset = 1.0
+    assert "weight_offset=1.0" in repr(odd)
