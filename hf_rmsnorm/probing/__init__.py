@@ -1,19 +1,25 @@
-"""Ask a model which of its LayerNorms can be RMSNorms: no table of architectures, no rules per op."""
+"""Ask a model which of its LayerNorms can be RMSNorms: no architecture table, no rule per op."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..recipes import NormSpec
-from .bench import make_bench, relative_change, run_outputs
-from .confirm import confirm, folded, sibling_folds, unseen_folds
+from .bench import Bench, make_bench
+from .confirm import folded, settle, shifted, sibling_folds, unseen_folds
+from .explain import explain
 from .facts import Center, Fold, LayerScale, ProbeResult, fold_tensor, scale_tensor
+from .outputs import relative_change, run_outputs
+from .scales import absorbed, find_scales
 from .streams import centered, choose_centers
-from .symmetry import gradients, propose
+from .symmetry import survey
 
 __all__ = [
     "Center",
@@ -31,34 +37,108 @@ __all__ = [
 def probe(
     model: nn.Module, norms: Mapping[str, NormSpec], inputs: Sequence[Mapping[str, Any]]
 ) -> ProbeResult:
-    targets = {name: spec for name, spec in norms.items() if spec.kind == "layernorm"}
-    bench = make_bench(model, targets, inputs)
-    before = bench.measure()
-    found = gradients(bench)
-    dead = set(bench.leaves()) - found.alive()
-    folds = propose(bench, found)
-    folds += unseen_folds(bench, dead, before)
-    folds = confirm(bench, folds, before)
-    siblings = sibling_folds(bench, folds, dead)
-    folds = sorted(folds + siblings, key=lambda f: f.size)
-    with bench.replaced(folded(bench.leaves(), folds)):
-        means, order = bench.means()
-        free = {n for n, m in means.items() if m < bench.tolerance.mean}
-        pending = set(means) - free
-        centers = choose_centers(bench, before, pending)
-        with centered(bench, centers):
-            leftover, _ = bench.means()
-    exact = {n: "every writer of its stream is centred" for n in order if n in free}
-    for center in centers:
-        exact.update({n: f"via one centring on {center}" for n in center.serves})
-    kept = {n: "not explained" for n in targets if n not in exact}
+    r"""Find the LayerNorms whose input mean can be made zero without moving the model's outputs.
+
+    Works on a private copy; the model is never touched.
+
+    Args:
+        model: any module; `inputs` are keyword arguments of its forward.
+        norms: name -> what the module computes. Those of kind `"rmsnorm"` are not looked at.
+        inputs: at least one; better two that differ in shape and content, and reach every branch.
+
+    Raises:
+        PatchError: the forward fails on the inputs, or gives nothing finite to compare.
+    """
+    layernorms = {name: spec for name, spec in norms.items() if spec.kind == "layernorm"}
+    targets = {n: spec for n, spec in layernorms.items() if len(spec.normalized_shape) <= 1}
+    kept = {n: "normalises over several axes" for n in layernorms if n not in targets}
+    if not targets:
+        return ProbeResult({}, kept, {})
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would not call the norms' forward
+    try:
+        result = _probe(make_bench(model, targets, inputs))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    aliases: dict[int, list[str]] = defaultdict(list)
+    for name, leaf in itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        aliases[id(leaf)].append(name)
+    tied = {names[0]: tuple(names[1:]) for names in aliases.values()}
+    folds = tuple(replace(f, aliases=tied.get(f.parameter, ())) for f in result.folds)
+    return replace(result, kept={**result.kept, **kept}, folds=folds)
+
+
+def _probe(bench: Bench) -> ProbeResult:
+    found = survey(bench)
+    scales = find_scales(bench, found)
+    if scales:
+        bench.assign(absorbed(bench.leaves(), scales))
+        found = survey(bench)
+
+    def holds(folds: Sequence[Fold], centers: Sequence[Center] = ()) -> bool:
+        """No output moves, however far the folded axes and the centred means are shifted."""
+        for scale, which in bench.tolerance.shifts:
+            with (
+                bench.replaced(shifted(bench.leaves(), folds, scale)),
+                centered(bench, centers, scale),
+            ):
+                if bench.change(which) > bench.tolerance.moved:
+                    return False
+        return True
+
+    def choose(
+        folds: Sequence[Fold], confirmed: Callable[[Sequence[Center]], bool]
+    ) -> list[Center]:
+        with bench.replaced(folded(bench.leaves(), folds)):
+            means, _ = bench.means()
+            pending = {name for name, mean in means.items() if mean >= bench.tolerance.mean}
+            return choose_centers(bench, pending, confirmed)
+
+    # All at once first: that nearly always holds, and then nothing needs to be told apart.
+    folds = found.folds + unseen_folds(bench, found.dead)
+    centers = choose(folds, lambda centers: True)
+    if not holds(folds, centers):
+        folds = settle(folds, holds)
+        centers = choose(folds, lambda centers: holds((), centers))
+    siblings = sibling_folds(bench, folds, found.dead)
+    folds = sorted(folds + siblings, key=lambda fold: fold.size)
+    return _conclude(bench, folds, centers, scales, tuple(f.parameter for f in siblings))
+
+
+def _conclude(
+    bench: Bench,
+    folds: Sequence[Fold],
+    centers: Sequence[Center],
+    scales: Sequence[LayerScale],
+    assumed: tuple[str, ...],
+) -> ProbeResult:
+    """Measure the means that are left, and say why."""
+    with bench.replaced(folded(bench.leaves(), folds)), centered(bench, centers):
+        leftover, order = bench.means()
+        change, moved = bench.changes()
+        exact = {n for n, mean in leftover.items() if mean < bench.tolerance.mean}
+        if change > bench.tolerance.moved:  # shifts moved nothing, but centring did
+            why = f"centring moved the outputs by {change:.1g} of their size"
+            return ProbeResult({}, dict.fromkeys(bench.norms, why), leftover)
+        reasons = explain(bench, [n for n in bench.norms if n not in exact], order)
+    via = {name: center for center in centers for name in center.serves}
     return ProbeResult(
-        exact=exact,
-        kept=kept,
+        exact={
+            name: f"one mean subtraction at {via[name]}"
+            if name in via
+            else "every writer of its stream is centred"
+            for name in order
+            if name in exact
+        },
+        kept=reasons,
         leftover=leftover,
         folds=tuple(folds),
         centers=tuple(centers),
-        assumed=tuple(f.parameter for f in siblings),
-        uncalled=tuple(n for n in targets if n not in order),
+        layerscales=tuple(scales),
+        assumed=assumed,
+        uncalled=tuple(name for name in bench.norms if name not in order),
+        moved=tuple(moved),
         dtype=str(bench.dtype).removeprefix("torch."),
     )

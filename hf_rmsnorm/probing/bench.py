@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,121 +15,38 @@ from torch import Tensor, nn
 
 from ..errors import PatchError
 from ..recipes import NormSpec
-
-# Outputs that show the inside of a model: conversion centres the stream, so they move by design.
-INTERNAL_OUTPUTS = (
-    "hidden_states",
-    "attentions",
-    "past_key_values",
-    "_model_output",
-    "_outputs",
+from .outputs import (
+    Outputs,
+    cast_inputs,
+    is_float,
+    model_place,
+    relative_change,
+    seeded,
+    split_outputs,
 )
+
+Watcher = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How small is zero, per arithmetic. Measured separations: no true value lies near these."""
+    """How small is zero, per arithmetic. In the study, no true value lies near any of these."""
 
     symmetry: float  # |sum of the gradient| / (sqrt(n) |gradient|)
     mean: float  # |mean| / rms at a norm's input
     moved: float  # relative change of an output under a shift
-    shifts: tuple[float, ...]  # in units of a parameter's own spread
+    rounding: float  # relative change of an output under an exact rewriting
+    shifts: tuple[
+        tuple[float, int | None], ...
+    ]  # in units of a tensor's spread; which input, or all
 
 
 TOLERANCES = {
-    torch.float64: Tolerance(1e-7, 1e-7, 1e-6, (300.0, -300.0, 3.0, 3e4, -3e4)),
-    torch.float32: Tolerance(1e-5, 1e-5, 1e-3, (10.0, -10.0, 3.0)),
+    torch.float64: Tolerance(
+        1e-7, 1e-7, 1e-6, 1e-9, ((300.0, None), (-300.0, 0), (3.0, 1), (3e4, 1), (-3e4, 0))
+    ),
+    torch.float32: Tolerance(1e-5, 1e-5, 1e-3, 1e-4, ((10.0, None), (-10.0, None), (3.0, None))),
 }
-
-
-def is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
-def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every float tensor in a model's output, however nested, with the path to it."""
-    if is_float(output):
-        yield name, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from named_outputs(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(output, (list, tuple)):
-        for i, value in enumerate(output):
-            yield from named_outputs(value, f"{name}[{i}]")
-
-
-def is_internal(name: str) -> bool:
-    parts = name.replace("[", ".").split(".")
-    return any(part.endswith(INTERNAL_OUTPUTS) for part in parts)
-
-
-def split_outputs(output: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """`(held, internal)`: the outputs conversion must not move, and those that show the stream."""
-    found = dict(named_outputs(output))
-    held = {name: x for name, x in found.items() if not is_internal(name)}
-    if not held:
-        return found, {}
-    return held, {name: x for name, x in found.items() if name not in held}
-
-
-@contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """The same random numbers in every run: some models sample in eval, too."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        yield
-
-
-def cast_inputs(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The same inputs with every float tensor in `dtype`, everything on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
-    if isinstance(value, Mapping):
-        return {k: cast_inputs(v, dtype, device) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(cast_inputs(v, dtype, device) for v in value)
-    return value
-
-
-def model_place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Dtype and device of a model's first float tensor."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype, tensor.device
-    raise PatchError("The model has no floating-point parameter: there is nothing to convert.")
-
-
-def run_outputs(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """The outputs conversion must not move, for each of the inputs in turn, seeded, without gradients.
-
-    Leaves out `hidden_states`, `attentions`, `past_key_values` and the outputs of sub-models, unless
-    the model returns nothing else. Float inputs are cast to the model's dtype.
-    """
-    dtype, device = model_place(model)
-    found: list[Tensor] = []
-    for kwargs in inputs:
-        with torch.no_grad(), seeded(device):
-            held, _ = split_outputs(model(**cast_inputs(kwargs, dtype, device)))
-        found += held.values()
-    return found
-
-
-def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    r"""$\max_k \max|a_k - b_k| / \max|b_k|$ over the finite entries; inf where these differ."""
-    if len(before) != len(after):
-        return float("inf")
-    worst = 0.0
-    for b, a in zip(before, after, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        finite = b.isfinite()
-        if not torch.equal(finite, a.isfinite()):
-            return float("inf")
-        b, a = b[finite].double(), a[finite].double()
-        if b.numel() and (delta := (a - b).abs().max().item()) > 0:
-            worst = max(worst, delta / max(b.abs().max().item(), 1e-300))
-    return worst
 
 
 def norm_axis(spec: NormSpec, x: Tensor) -> int:
@@ -150,14 +68,12 @@ def reference_norm(module: nn.Module, spec: NormSpec, x: Tensor) -> Tensor:
     return y.movedim(-1, axis)
 
 
-Watcher = Callable[[str, Tensor], None]
-
-
 @dataclass
 class Bench:
     """A private copy of the model in eval mode, its LayerNorms computed by `reference_norm`.
 
-    `watchers` see every LayerNorm's name and input during a run.
+    `watchers` see every LayerNorm's name and input during a run. `before` holds the outputs of the
+    model as given, `(held, internal)` per input; `widths` each norm's numbers of features.
     """
 
     model: nn.Module
@@ -166,6 +82,8 @@ class Bench:
     dtype: torch.dtype
     device: torch.device
     watchers: list[Watcher] = field(default_factory=list)
+    before: list[tuple[Outputs, Outputs]] = field(default_factory=list)
+    widths: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     @property
     def tolerance(self) -> Tolerance:
@@ -173,29 +91,43 @@ class Bench:
 
     @property
     def sizes(self) -> list[int]:
-        return sorted({spec.normalized_shape[0] for spec in self.norms.values()})
+        """The numbers of features the norms were seen to normalise."""
+        return sorted(set().union(*self.widths.values()))
 
     def leaves(self) -> dict[str, Tensor]:
         """Every float tensor a checkpoint stores, once, except batch statistics."""
         found = dict(self.model.named_parameters())
+        seen = {id(tensor) for tensor in found.values()}
         for path, module in self.model.named_modules():
             hidden = module._non_persistent_buffers_set | {"running_mean", "running_var"}
             for name, buffer in module.named_buffers(recurse=False):
-                if name not in hidden and not any(buffer is other for other in found.values()):
+                if name not in hidden and id(buffer) not in seen:
                     found[f"{path}.{name}" if path else name] = buffer
+                    seen.add(id(buffer))
         return {name: tensor for name, tensor in found.items() if is_float(tensor)}
 
-    def run(self, *, internal: bool = False) -> list[Tensor]:
-        """The held outputs (or the internal ones) on every input, with whatever gradients are on."""
-        found: list[Tensor] = []
-        for kwargs in self.inputs:
+    def run(self, which: int | None = None) -> list[tuple[Outputs, Outputs]]:
+        """`(held, internal)` outputs on every input, or on one of them."""
+        found = []
+        for kwargs in self.inputs if which is None else [self.inputs[which % len(self.inputs)]]:
             with seeded(self.device):
-                found += split_outputs(self.model(**kwargs))[internal].values()
+                found.append(split_outputs(self.model(**kwargs)))
         return found
 
     @torch.no_grad()
-    def measure(self) -> list[Tensor]:
-        return self.run()
+    def changes(self, which: int | None = None) -> tuple[float, list[str]]:
+        """How far the held outputs are from those of the model as given; which internals moved."""
+        before = self.before if which is None else [self.before[which % len(self.inputs)]]
+        worst, moved = 0.0, dict[str, None]()
+        for b, a in zip(before, self.run(which), strict=True):
+            worst = max(worst, relative_change([*b[0].values()], [*a[0].values()]))
+            for name in b[1].keys() & a[1].keys():
+                if relative_change([b[1][name]], [a[1][name]]) > self.tolerance.moved:
+                    moved[name] = None
+        return worst, sorted(moved)
+
+    def change(self, which: int | None = None) -> float:
+        return self.changes(which)[0]
 
     @contextmanager
     def watching(self, watcher: Watcher) -> Iterator[None]:
@@ -205,23 +137,27 @@ class Bench:
         finally:
             self.watchers.remove(watcher)
 
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        leaves = self.leaves()
+        for name, tensor in tensors.items():
+            leaves[name].data = tensor
+
     @contextmanager
     def replaced(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Give leaves other values for a while; the old ones come back bit by bit."""
         leaves = self.leaves()
         saved = {name: leaves[name].data for name in tensors}
         try:
-            for name, tensor in tensors.items():
-                leaves[name].data = tensor
+            self.assign(tensors)
             yield
         finally:
-            for name, tensor in saved.items():
-                leaves[name].data = tensor
+            self.assign(saved)
 
+    @torch.no_grad()
     def means(self) -> tuple[dict[str, float], list[str]]:
-        r"""Largest $|\bar x| / \mathrm{rms}(x)$ over the rows of each norm's input, and the norms in call order.
+        r"""Largest $|\bar x| / \mathrm{rms}(x)$ over the rows of each norm's input; call order.
 
-        A norm whose input is zero everywhere has no entry.
+        A norm whose input is zero everywhere has no mean.
         """
         worst: dict[str, float] = {}
         order: dict[str, None] = {}
@@ -235,7 +171,7 @@ class Bench:
                 worst[name] = max(worst.get(name, 0.0), ratio)
 
         with self.watching(watch):
-            self.measure()
+            self.run()
         return worst, list(order)
 
 
@@ -285,16 +221,22 @@ def make_bench(
 ) -> Bench:
     """A bench in float64, or in float32 where the model cannot run in float64.
 
-    The warm-up run also lets models that rescale their weights in the first eval forward do so.
+    The first run also lets models that rescale their weights in their first eval forward do so.
     """
     problem = ""
-    for dtype in (torch.float64, torch.float32):
+    for dtype in TOLERANCES:
         try:
             bench = _bench(model, norms, inputs, dtype)
-            outputs = bench.measure()
-        except Exception as error:  # whatever a model's own forward may raise
+
+            def watch(name: str, x: Tensor, bench: Bench = bench) -> None:
+                bench.widths[name].add(x.shape[norm_axis(bench.norms[name], x)])
+
+            with torch.no_grad(), bench.watching(watch):
+                bench.before = bench.run()
+        except Exception as error:  # a model's own forward may raise anything
             problem = f"{type(error).__name__}: {error}"
             continue
+        outputs = [x for held, _ in bench.before for x in held.values()]
         if not outputs:
             raise PatchError("The model's forward returned no floating-point tensor to compare.")
         if all(x.isfinite().any() and not x.isnan().any() for x in outputs):

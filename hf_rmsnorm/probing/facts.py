@@ -13,8 +13,8 @@ from torch import Tensor
 class Fold:
     r"""Centre a parameter: $p \leftarrow p - \bar p$ along one axis.
 
-    The axis is viewed as `(outer, size, inner)` and the mean is taken over `size`, so that the heads
-    of a fused projection are blocks. `size == tensor.shape[axis]` for a plain writer.
+    The axis is viewed as `(outer, size, inner)` and the mean is taken over `size`, so that the
+    heads of a fused projection are blocks. For a plain writer, `size == tensor.shape[axis]`.
 
     Attributes:
         parameter: its name in `named_parameters()` or `named_buffers()`.
@@ -49,9 +49,9 @@ class Fold:
 
 @dataclass(frozen=True)
 class LayerScale:
-    r"""Absorb a per-feature scale into the weights before it: $W \leftarrow \lambda W$, $\lambda \leftarrow 1$.
+    r"""Absorb a per-feature scale: $W \leftarrow \lambda W$, then $\lambda \leftarrow 1$.
 
-    Only then can the writers be centred. `writers` are `(parameter, axis)`.
+    Only then can its writers be centred. `writers` are `(parameter, axis)`.
     """
 
     parameter: str
@@ -65,8 +65,8 @@ class Center:
     Attributes:
         module: name in `named_modules()`.
         side: `"input"` or `"output"`.
-        key: for an input, the position in `args` or the keyword; for an output, the item of a tuple or
-            the field of a mapping, None where the output is the tensor itself.
+        key: for an input, the position in `args` or the keyword; for an output, the item of a tuple
+            or the field of a mapping, None where the output is the tensor itself.
         serves: the norms that become exact through it.
     """
 
@@ -89,8 +89,8 @@ class ProbeResult:
         exact: norm -> why its input mean is zero after the folds and centres.
         kept: norm -> why it is not.
         leftover: norm -> largest |mean| / rms at its input, after folds and centres.
-        folds: also those that serve only kept norms: they move no output, and shrink the leftover.
-        assumed: parameters the probe inputs never reached, folded like their siblings (idle experts).
+        folds: also those that serve kept norms only: they move no output, but shrink the leftover.
+        assumed: parameters never reached, folded like their reached siblings (idle experts).
         uncalled: norms the probe inputs never reached.
         moved: outputs not held equal (sub-model outputs, hidden states) that the folds change.
         dtype: what the probe computed in.
@@ -109,7 +109,7 @@ class ProbeResult:
 
 
 def fold_tensor(tensor: Tensor, fold: Fold) -> Tensor:
-    r"""$p - \mathrm{mean}(p)$ over the fold's blocks, in float64, in the tensor's own dtype again."""
+    r"""$p - \mathrm{mean}(p)$ over the fold's blocks, computed in float64 and cast back."""
     view = fold.view(tensor.detach().double())
     mean = view.mean(fold.axis + 1, keepdim=True)
     mask = fold.mask(tensor)
@@ -117,7 +117,7 @@ def fold_tensor(tensor: Tensor, fold: Fold) -> Tensor:
 
 
 def scale_tensor(tensor: Tensor, scale: Tensor, axis: int) -> Tensor:
-    r"""$\lambda_j\, p_j$ along `axis`, in float64, in the tensor's own dtype again."""
+    r"""$\lambda_j\, p_j$ along `axis`, computed in float64 and cast back."""
     shape = [1] * tensor.ndim
     shape[axis] = -1
     scaled = tensor.detach().double() * scale.detach().double().reshape(shape)

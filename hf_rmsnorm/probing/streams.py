@@ -1,11 +1,12 @@
 """Where one explicit mean subtraction makes many norms exact.
 
-A port is an input or output of a module. It may be centred if the outputs are invariant under a shift of
-the tensor that passes there, on every call; it is worth it if at least two norms become exact.
+A port is an input or output of a module. It may be centred if the outputs are invariant under a
+shift of the tensor that passes there, on every call; it is worth it if two norms become exact.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench import Bench, is_float, relative_change
+from .bench import Bench
 from .confirm import spread
 from .facts import Center
+from .outputs import is_float
+from .symmetry import cotangent
 
 Edit = Callable[[Center, Tensor], Tensor]
 
@@ -104,96 +107,79 @@ def centered(bench: Bench, centers: Sequence[Center], shift: float = 0.0) -> Ite
 def admissible(
     bench: Bench, pending: set[str], chosen: Sequence[Center]
 ) -> list[tuple[Center, int]]:
-    """Ports that may be centred and have a mean, in execution order, with how many pending norms run later.
+    """Ports that may be centred and have a mean, in execution order, each with the number of
+    pending norms that run after it.
 
-    Where a tensor passes several such ports only the first is listed: it reaches the most readers.
+    Where a tensor passes several such ports only the first is listed: it reaches most readers.
     """
     tol = bench.tolerance
-    sizes = {bench.norms[name].normalized_shape[0] for name in pending}
+    sizes = set().union(*(bench.widths[name] for name in pending))
     generator = torch.Generator().manual_seed(5)
     ports: dict[Center, _Port] = {}
     roots: dict[int, int] = {}
-    alive: list[Tensor] = []  # ids must not be reused while they stand for tensors
-    clock = 0
-    calls: dict[str, int] = {}
+    alive: list[Tensor] = []  # an id must not be used again while it stands for a tensor
+    last_call: dict[str, int] = {}
+    clock = itertools.count()
 
     def edit(port: Center, x: Tensor) -> Tensor:
-        nonlocal clock
-        clock += 1
+        now = next(clock)
         if not is_float(x) or x.ndim < 2 or x.shape[-1] not in sizes:
             return x
         alias = (x if x.requires_grad else x.detach().requires_grad_()).clone()
-        root = roots.get(id(x), id(x))
-        roots[id(alias)] = root
+        roots[id(alias)] = root = roots.get(id(x), id(x))
         alive.extend((x, alias))
-        record = ports.setdefault(port, _Port(clock, root))
-        rms = x.detach().square().mean().sqrt().item()
-        if rms > 0:
+        record = ports.setdefault(port, _Port(now, root))
+        if rms := x.detach().square().mean().sqrt().item():
             record.mean = max(record.mean, x.detach().mean(-1).abs().max().item() / rms)
 
         def collect(grad: Tensor) -> None:
-            norm = grad.norm().item()
-            if norm > 0:
-                record.ratios.append(grad.sum(-1).norm().item() / (norm * grad.shape[-1] ** 0.5))
+            if norm := grad.norm().item() * grad.shape[-1] ** 0.5:
+                record.ratios.append(grad.sum(-1).norm().item() / norm)
 
         if alias.requires_grad:
             alias.register_hook(collect)
         return alias
 
     def watch(name: str, x: Tensor) -> None:
-        calls[name] = clock
+        last_call[name] = next(clock)
 
     names = [name for name, _ in bench.model.named_modules() if name]
-    with centered(bench, chosen), editing(bench.model, names, edit), bench.watching(watch):
-        with torch.enable_grad():
-            loss = [
-                (
-                    torch.where(x.isfinite(), x, 0.0)
-                    * torch.randn(x.shape, generator=generator).to(x)
-                ).sum()
-                / x[x.isfinite()].detach().std().clamp(min=1e-300)
-                for x in bench.run()
-                if x.requires_grad
-            ]
-            if loss:
-                torch.stack(loss).sum().backward()
+    with (
+        centered(bench, chosen),
+        editing(bench.model, names, edit),
+        bench.watching(watch),
+        torch.enable_grad(),
+    ):
+        loss = cotangent([x for held, _ in bench.run() for x in held.values()], generator)
+        if loss is not None:
+            loss.backward()
     good: dict[int, tuple[Center, int]] = {}
     for port, record in sorted(ports.items(), key=lambda item: item[1].order):
         if port.side == "input" and port.module in bench.norms:
             continue
         if record.ratios and max(record.ratios) < tol.symmetry and record.mean > tol.mean:
-            later = sum(calls.get(name, 0) >= record.order for name in pending)
+            later = sum(last_call.get(name, -1) > record.order for name in pending)
             good.setdefault(record.root, (port, later))
     return list(good.values())
 
 
-def choose_centers(bench: Bench, before: list[Tensor], pending: set[str]) -> list[Center]:
+def choose_centers(
+    bench: Bench, pending: set[str], confirmed: Callable[[Sequence[Center]], bool]
+) -> list[Center]:
     """Greedily the port that makes most norms exact, until the best would serve a single one.
 
     A port serving one norm *is* a LayerNorm again.
     """
-    tol = bench.tolerance
     chosen: list[Center] = []
-
-    def exact_with(centers: Sequence[Center]) -> set[str]:
-        with centered(bench, centers):
-            means, _ = bench.means()
-        return {name for name in pending if means.get(name, 1.0) < tol.mean}
-
-    def confirmed(centers: Sequence[Center]) -> bool:
-        for scale in (0.0, *tol.shifts):
-            with centered(bench, centers, scale):
-                if relative_change(before, bench.measure()) > tol.moved:
-                    return False
-        return True
-
     refused: set[Center] = set()
     while len(pending) > 1:
         best, serves = None, set[str]()
         for port, later in admissible(bench, pending, chosen):
             if later <= max(len(serves), 1) or port in refused:
                 continue
-            fixed = exact_with([*chosen, port])
+            with centered(bench, [*chosen, port]):
+                means, _ = bench.means()
+            fixed = {name for name in pending if means.get(name, 1.0) < bench.tolerance.mean}
             if len(fixed) > max(len(serves), 1):
                 best, serves = port, fixed
             if serves == pending:

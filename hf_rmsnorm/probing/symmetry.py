@@ -1,15 +1,16 @@
 r"""Which weights can be centred: the gradient test.
 
-Centring a parameter $p$ along an axis changes no output if and only if the outputs are invariant under
-$p \to p + c \otimes 1_n$ for every $c$. To first order: for a random cotangent $r$, the gradient of
-$\langle r, \mathrm{out} \rangle$ sums to zero along the axis. One backward pass tests every parameter.
+Centring a parameter $p$ along an axis changes no output if and only if the outputs are invariant
+under $p \to p + c \otimes 1_n$ for every $c$. To first order: for a random cotangent $r$, the
+gradient of $\langle r, \mathrm{out} \rangle$ sums to zero along the axis. One backward pass tests
+every parameter, tied or not, of any layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,18 +25,18 @@ MAX_BLOCKS = 512
 
 @dataclass(frozen=True)
 class Sketch:
-    """A gradient $g$ seen along one axis: `(size,)` norms of its slices, and the slices' products with
-    `PROBES` random vectors. Enough for the sum over any blocks of the axis, at no memory."""
+    """A gradient seen along one axis: the norms of its slices, `(length,)`, and their products with
+    random vectors, `(length, PROBES)`. Enough to sum it over any blocks of the axis."""
 
     norms: Tensor
     probes: Tensor
 
-    def ratios(self, size: int, inner: int, weights: Tensor | None = None) -> Tensor:
-        r"""$\lVert \sum_j w_j g_j \rVert / (\lVert w \rVert \lVert g \rVert)$ per `(outer, inner)` block;
-        inf where the block has no gradient."""
-        w = torch.ones(size, 1, 1) if weights is None else weights.reshape(size, 1, 1)
+    def ratios(self, size: int, inner: int = 1, weights: Tensor | None = None) -> Tensor:
+        r"""$\lVert \sum_j w_j g_j \rVert / (\lVert w \rVert \lVert g \rVert)$ per `(outer, inner)`
+        block; inf where the block has no gradient."""
+        w = torch.ones(size) if weights is None else weights.flatten().to(self.probes)
         probes = self.probes.reshape(-1, size, inner, PROBES)
-        total = (probes * w.to(probes)).sum(1).norm(dim=-1) / math.sqrt(PROBES)
+        total = torch.einsum("osip,s->oip", probes, w.to(probes)).norm(dim=-1) / math.sqrt(PROBES)
         power = self.norms.reshape(-1, size, inner).norm(dim=1) * w.norm().item()
         return torch.where(power > 0, total / power, math.inf)
 
@@ -43,93 +44,113 @@ class Sketch:
 Sketches = dict[tuple[str, int], Sketch]
 
 
-def block_views(length: int, size: int) -> Iterator[int]:
-    """The `inner` lengths that split an axis into `(outer, size, inner)`."""
-    count, rest = divmod(length, size)
-    if rest == 0 and count <= MAX_BLOCKS:
-        yield from (inner for inner in range(1, count + 1) if count % inner == 0)
+def block_views(length: int, sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Every `(size, inner)` that splits an axis into `(outer, size, inner)`."""
+    for size in sizes:
+        count, rest = divmod(length, size)
+        if rest == 0 and count <= MAX_BLOCKS:
+            yield from ((size, inner) for inner in range(1, count + 1) if count % inner == 0)
 
 
-def _sketch(grad: Tensor, axis: int, generator: torch.Generator) -> Sketch:
-    slices = grad.movedim(axis, 0).reshape(grad.shape[axis], -1)
-    noise = torch.randn(slices.shape[1], PROBES, generator=generator, dtype=torch.float64)
-    return Sketch(torch.linalg.vector_norm(slices, dim=1).cpu(), (slices @ noise.to(slices)).cpu())
+def cotangent(tensors: Iterable[Tensor], generator: torch.Generator) -> Tensor | None:
+    r"""$\sum_k \langle r_k, x_k / \mathrm{rms}(x_k) \rangle$, random $r_k$, over finite entries."""
+    terms = []
+    for x in tensors:
+        if x.requires_grad:
+            finite = torch.where(x.isfinite(), x, 0.0)
+            unit = finite.detach().square().mean().sqrt().clamp(min=1e-300)
+            r = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            terms.append((finite / unit * r).sum())
+    return torch.stack(terms).sum() if terms else None
 
 
-@dataclass
-class Gradients:
-    """Sketches of the outputs' gradient, and of the gradient of the norms' input means."""
+@dataclass(frozen=True)
+class Survey:
+    """What one forward and two backward passes say about every leaf.
 
-    outputs: Sketches
-    means: Sketches
+    Attributes:
+        sketches: of the outputs' gradient.
+        folds: whose shift moves no output but moves a norm's mean, to first order.
+        dead: leaves the outputs have no gradient for.
+    """
 
-    def alive(self) -> set[str]:
-        return {name for (name, _), s in self.outputs.items() if s.norms.any()}
+    sketches: Sketches
+    folds: list[Fold]
+    dead: frozenset[str]
 
 
-def gradients(bench: Bench) -> Gradients:
-    """One forward and two backward passes; every gradient is reduced and freed as it appears."""
-    leaves = bench.leaves()
+@contextmanager
+def _reduced(leaves: Mapping[str, Tensor], sizes: list[int], sink: Sketches) -> Iterator[None]:
+    """Sketch each leaf's gradient and free it, as soon as a backward pass has it."""
     generator = torch.Generator().manual_seed(1)
-    sinks: list[Sketches] = []
-    handles = []
 
     def reduce(name: str, leaf: Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
         for axis, length in enumerate(leaf.shape):
-            if grad is not None and any(any(block_views(length, n)) for n in bench.sizes):
-                sinks[-1][name, axis] = _sketch(grad, axis, generator)
+            if grad is not None and any(block_views(length, sizes)):
+                slices = grad.movedim(axis, 0).reshape(length, -1)
+                noise = torch.randn(slices.shape[1], PROBES, generator=generator).to(slices)
+                norms = torch.linalg.vector_norm(slices, dim=1)
+                sink[name, axis] = Sketch(norms.cpu(), (slices @ noise).cpu())
 
-    def cotangent(x: Tensor) -> Tensor:
-        r = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-        return (torch.where(x.isfinite(), x, 0.0) * r).sum()
-
-    means: list[Tensor] = []
-
-    def watch(name: str, x: Tensor) -> None:
-        mean = x.mean(norm_axis(bench.norms[name], x))
-        rms = x.detach().square().mean().sqrt().clamp(min=1e-300)
-        if mean.requires_grad:
-            means.append(cotangent(mean / rms))
-
+    handles = [
+        leaf.register_post_accumulate_grad_hook(lambda p, name=name: reduce(name, p))
+        for name, leaf in leaves.items()
+    ]
     try:
-        for name, leaf in leaves.items():
-            leaf.requires_grad_(True)
-            handles.append(
-                leaf.register_post_accumulate_grad_hook(lambda p, name=name: reduce(name, p))
-            )
-        with torch.enable_grad(), bench.watching(watch):
-            outputs = [
-                cotangent(x / x[x.isfinite()].detach().std().clamp(min=1e-300))
-                for x in bench.run()
-                if x.requires_grad
-            ]
-        for loss in (outputs, means):
-            sinks.append({})
-            if loss:
-                torch.stack(loss).sum().backward(retain_graph=loss is outputs)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def survey(bench: Bench) -> Survey:
+    """The gradient test on every leaf, axis, block and norm size at once.
+
+    A zero sum alone is not enough: softmax does not see a shift of its keys' bias either. So the
+    shift must also move the mean of some norm's input.
+    """
+    leaves, tol = bench.leaves(), bench.tolerance.symmetry
+    generator = torch.Generator().manual_seed(2)
+    of_outputs: Sketches = {}
+    of_means: Sketches = {}
+    means: list[Tensor] = []
+
+    def watch(name: str, x: Tensor) -> None:
+        rms = x.detach().square().mean().sqrt().clamp(min=1e-300)
+        means.append(x.mean(norm_axis(bench.norms[name], x)) / rms)
+
+    try:
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+        with torch.enable_grad(), bench.watching(watch):
+            loss = cotangent([x for held, _ in bench.run() for x in held.values()], generator)
+            need = cotangent(means, generator)
+        if loss is not None:
+            with _reduced(leaves, bench.sizes, of_outputs):
+                loss.backward(retain_graph=True)
+        passing = [
+            (name, axis, size, inner, sketch.ratios(size, inner) < tol)
+            for (name, axis), sketch in of_outputs.items()
+            for size, inner in block_views(len(sketch.norms), bench.sizes)
+        ]
+        passing = [view for view in passing if view[-1].any()]
+        wanted = {view[0]: leaves[view[0]] for view in passing}
+        if need is not None and wanted:
+            with _reduced(wanted, bench.sizes, of_means):
+                need.backward(inputs=list(wanted.values()))
+    finally:
         for leaf in leaves.values():
             leaf.grad = None
             leaf.requires_grad_(False)
-    return Gradients(*sinks)
 
-
-def propose(bench: Bench, found: Gradients) -> list[Fold]:
-    """Folds whose shift moves no output but does move a norm's mean, to first order."""
-    tol = bench.tolerance.symmetry
-    folds: dict[tuple[str, int], list[Fold]] = defaultdict(list)
-    for (name, axis), sketch in found.outputs.items():
-        need = found.means.get((name, axis))
-        if need is None:
-            continue
-        for size in bench.sizes:
-            for inner in block_views(len(sketch.norms), size):
-                needed = need.ratios(size, inner)
-                passes = (sketch.ratios(size, inner) < tol) & (needed > tol) & needed.isfinite()
-                if passes.any():
-                    blocks = None if passes.all() else tuple(map(tuple, passes.nonzero().tolist()))
-                    folds[name, axis].append(Fold(name, axis, size, inner, blocks))
-    return [fold for group in folds.values() for fold in group]
+    folds = []
+    for name, axis, size, inner, passes in passing:
+        if (name, axis) in of_means:
+            needed = of_means[name, axis].ratios(size, inner)
+            blocks = passes & (needed > tol) & needed.isfinite()
+            if blocks.any():
+                where = tuple((int(i), int(j)) for i, j in blocks.nonzero())
+                folds.append(Fold(name, axis, size, inner, None if blocks.all() else where))
+    alive = {name for (name, _), sketch in of_outputs.items() if sketch.norms.any()}
+    return Survey(of_outputs, folds, frozenset(leaves) - alive)
