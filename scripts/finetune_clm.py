@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from harness import checkpoints, data, errors, launch, models, results, training
+from harness import arms, checkpoints, data, errors, launch, models, results, training
 from harness.args import (
     DataArguments,
     ModelArguments,
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "num_processes": accelerator.num_processes,
         },
     )
+    accelerator.register_for_checkpointing(run.progress)
     if run_args.resume_from_checkpoint:
         folder = saver.find(run_args.resume_from_checkpoint)
         saver.check(folder)
@@ -145,11 +146,7 @@ def check_request(
     models.check_arguments(model_args)
     data.check_arguments(data_args)
     checkpoints.check_interval(run_args.checkpointing_steps)
-    if arm.from_scratch_only and not model_args.config_name:
-        raise ScriptError(
-            f"--norm {arm} is for training from scratch: a trained model does not survive it; "
-            "give --config_name instead of --model_name_or_path"
-        )
+    arms.check_start(arm, bool(model_args.config_name))
     available = [str(tracker) for tracker in get_available_trackers()]
     if run_args.with_tracking and run_args.report_to not in ("all", *available):
         found = ", ".join(available) or "none"

@@ -114,6 +114,15 @@ def parse_arms(texts: Sequence[str]) -> list[Arm]:
     return [control, *(arm for arm in arms if arm != control)]
 
 
+def check_start(arm: Arm, from_scratch: bool) -> None:
+    """Refuses a baseline that no trained model can become."""
+    if arm.from_scratch_only and not from_scratch:
+        raise ScriptError(
+            f"{arm} is for training from scratch: a trained model does not survive it; "
+            "give --config_name instead of --model_name_or_path"
+        )
+
+
 def _keep(model: nn.Module, arm: Arm, options: dict[str, Any]) -> nn.Module:
     if options.get("include") or options.get("exclude"):
         raise ScriptError(

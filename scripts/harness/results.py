@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -25,8 +26,19 @@ def write_json(path: Path, content: Any) -> None:
     """Writes beside, then renames: the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
+    beside.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
     beside.replace(path)
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no NaN: what is not finite (a run that diverged) becomes null."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return content
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -46,9 +58,12 @@ def step_times(seconds: Sequence[float], tokens_per_step: float) -> dict[str, fl
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Median, smallest and largest; None if a value is missing, as after a divergence."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if len(known) < len(values):
+        return None
+    return {"median": statistics.median(known), "min": min(known), "max": max(known)}
 
 
 def environment(accelerator: Accelerator, argv: Sequence[str] | None) -> dict[str, Any]:

@@ -110,7 +110,6 @@ class Run:
             eval_loader(data, args.per_device_eval_batch_size),
         )
         self.progress = Progress()
-        accelerator.register_for_checkpointing(self.progress)
 
     def evaluate(self) -> dict[str, float]:
         """Quality on the validation blocks, now."""
@@ -205,8 +204,7 @@ class Run:
         for position, batch in enumerate(group):
             last = position == len(group) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                with accelerator.autocast():
-                    logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+                logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits
                 nll = next_token_nll(logits, batch["labels"]).sum()
                 accelerator.backward(nll * scale)
             summed += nll.detach()
