@@ -17,8 +17,8 @@ from .patching import PatchReport as PatchReport
 from .patching import patch_model as patch_model
 from .patching import patch_report as patch_report
 from .patching import unpatch_model as unpatch_model
-from .planning import PatchPlan as PatchPlan
-from .planning import Site as Site
+from .plan import PatchPlan as PatchPlan
+from .plan import Site as Site
 from .planning import plan_patch as plan_patch
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .patching import on_patched, on_unpatched
-from .planning import PatchPlan
+from .plan import PatchPlan
 
 _AUTO = "transformers.models.auto.configuration_auto"
 

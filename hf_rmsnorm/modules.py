@@ -82,7 +82,9 @@ class RMSNorm(nn.LayerNorm):
             and torch.is_autocast_enabled(x.device.type)
         ):
             x = x.float()  # what autocast does to F.layer_norm off the CPU
-        weight, bias, shape = self.weight, self.bias, x.shape
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        shape = x.shape
         dims = len(self.normalized_shape)
         if dims > 1:
             if shape[-dims:] != tuple(self.normalized_shape):
@@ -158,3 +160,17 @@ class PartialRMSNorm(RMSNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         functional.statistic_size(math.prod(self.normalized_shape), p)
         self.p = p
+
+
+class CenteredEmbedding(nn.Embedding):
+    """An embedding whose output has its mean over the features subtracted; its weight is untouched,
+    so that a tied output head stays as it is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return subtract_mean(super().forward(input))
+
+
+def subtract_mean(x: Tensor, axis: int = -1) -> Tensor:
+    """`x - mean(x)` over `axis`, in float32 or better, in x's dtype again."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return (wide - wide.mean(axis, keepdim=True)).to(x.dtype)

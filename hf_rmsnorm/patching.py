@@ -1,32 +1,22 @@
-"""Applying a plan to a model, and taking it back."""
+"""The calls users make: `patch_model`, `patch_report`, `unpatch_model`."""
 
 from __future__ import annotations
 
-import enum
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import MethodType
-from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from .applying import add_centers, fold_weights, swap_norms
+from .changes import Changes
 from .errors import PatchError
-from .modules import PartialRMSNorm, RMSNorm
-from .planning import PatchPlan, Site, plan_patch, site_table
-from .recipes import NormSpec
+from .plan import PatchPlan, Site
+from .planning import Inputs, plan_patch, resolve_inputs
+from .verification import Measurement
+from .verification import verify as verify_plan
 
 _RECORD = "_hf_rmsnorm_record"
-
-
-class _Absent(enum.Enum):
-    """Stands for an attribute that was not there; an enum so that it survives pickling."""
-
-    ABSENT = enum.auto()
-
-
-_MISSING = _Absent.ABSENT
 
 # Called with the model after a patch and after an unpatch: how `hub` marks the config.
 on_patched: list[Callable[[nn.Module, PatchPlan], None]] = []
@@ -35,13 +25,16 @@ on_unpatched: list[Callable[[nn.Module], None]] = []
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What was done to a model.
+    """What was done to a model; printing it gives a table.
 
     Attributes:
         plan: the plan that was applied.
+        measured: how far the outputs moved on the probe inputs; `None` where nothing was run
+            (`strategy="direct"`, `verify=False`, a loaded checkpoint).
     """
 
     plan: PatchPlan
+    measured: Measurement | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -49,24 +42,14 @@ class PatchReport:
         return self.plan.sites
 
     def __str__(self) -> str:
-        return self.plan.summary() + "\n" + site_table(self.sites)
-
-
-@dataclass
-class _Change:
-    """How to take the change of one module back."""
-
-    name: str
-    original_class: type
-    attributes: dict[str, Any]  # the instance's own entries before, or _MISSING
-    parameters: list[str] = field(default_factory=list)  # empty slots that were added
-    hooks: list[RemovableHandle] = field(default_factory=list)
+        return str(self.plan) + (f"\n{self.measured}" if self.measured else "")
 
 
 @dataclass
 class _Record:
     plan: PatchPlan
-    changes: list[_Change] = field(default_factory=list)
+    measured: Measurement | None = None
+    changes: Changes = field(default_factory=Changes)
 
 
 def patch_model(
@@ -75,47 +58,50 @@ def patch_model(
     *,
     p: float | None = None,
     strategy: str = "auto",
-    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     verify: bool = True,
 ) -> nn.Module:
     """Make the norm modules of `model` RMSNorm or pRMSNorm, in place, and return the model.
 
-        Parameters, hooks, devices and state-dict keys stay as they are: the class of each existing
-        norm module changes, nothing else. LayerNorms lose their centring; norms that already are
-        RMSNorm keep their function and get our kernels.
+    The class of each existing norm module changes; parameters, hooks, devices and state-dict keys
+    stay. Where LayerNorm's centring can be folded into the weights that write its input, it is,
+    and the model's function stays the same. Norms that already are RMSNorm get our kernels.
 
-        Args:
-            model: any `nn.Module`; not yet wrapped in FSDP.
-            norm: `"rmsnorm"`, or `"prmsnorm"` for the statistic from the first `p` of the features.
-            p: that share, in (0, 1]; `None` is the paper's 0.0625. Only for `"prmsnorm"`.
-            strategy: `"direct"` is the paper's drop-in: every LayerNorm becomes RMSNorm and no weight
-                is touched. `"exact"` changes only what keeps the model's function. `"auto"` does what
-                can be exact exactly, the rest approximately, with a warning.
-            inputs: keyword arguments for the model's forward (one dict or several), for strategies
-                that have to run the model.
-            include: glob patterns over module names; only these sites are patched.
-            exclude: glob patterns over module names to leave alone.
-            verify: check that what is called exact is exact on the real modules.
+    Args:
+        model: any `nn.Module`; not yet wrapped in FSDP.
+        norm: `"rmsnorm"`, or `"prmsnorm"` for the statistic from the first `p` of the features.
+        p: that share, in (0, 1]; `None` is the paper's 0.0625. Only for `"prmsnorm"`.
+        strategy: `"auto"` does exactly what can be exact, the rest approximately, with a warning.
+            `"exact"` leaves that rest alone. `"direct"` is the paper's drop-in: every LayerNorm
+            becomes RMSNorm and no weight is touched.
+        inputs: keyword arguments for the model's forward, one dict or several, to probe it with;
+            made from the config for Transformers models. `"direct"` needs none.
+        include: glob patterns over module names; only these sites are patched.
+        exclude: glob patterns over module names to leave alone.
+        verify: run what is called exact on a copy, in float64 and in the model's dtype, first.
 
-        Raises:
-            PatchError: bad arguments, nothing to patch, a pattern that matches nothing, a model
-                already patched in another way. The model is bitwise as before.
+    Raises:
+        PatchError: bad arguments, nothing to patch, a pattern that matches nothing, weights that
+            cannot be folded, a model already patched in another way.
+        VerificationError: what was found exact is not.
+        Either way the model is bitwise as before.
 
-        Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
+    Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
 
-        Example:
-            >>> from torch import nn
-    from torch.utils.hooks import RemovableHandle
-            >>> net = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
-            >>> patch_model(net, strategy="direct")[1]
-            RMSNorm((4,), eps=1e-05, bias=True)
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
+        >>> patch_model(net, inputs={"input": torch.randn(3, 6)})[1]
+        RMSNorm((4,), eps=1e-05, bias=True)
+        >>> patch_report(net).sites[0].verdict
+        'exact'
     """
-    target = unwrap(model)
+    target = unwrap(model) if isinstance(model, nn.Module) else model
     if isinstance(target, nn.Module) and (record := target.__dict__.get(_RECORD)):
-        same = (norm, record.plan.p if p is None else p)
-        if same != (record.plan.norm, record.plan.p):
+        wanted = (norm, record.plan.p if p is None else p)
+        if wanted != (record.plan.norm, record.plan.p):
             raise PatchError(
                 f"the model is already patched ({record.plan.summary()}): call unpatch_model first"
             )
@@ -123,21 +109,21 @@ def patch_model(
             f"the model is already patched, nothing done ({record.plan.summary()})", stacklevel=2
         )
         return model
-    arguments: dict[str, Any] = {
-        "p": p,
-        "strategy": strategy,
-        "inputs": inputs,
-        "include": include,
-        "exclude": exclude,
-        "verify": verify,
-    }
-    plan = plan_patch(target, norm, **arguments)
-    apply_plan(target, plan)
-    if strategy == "auto" and plan.count("approximate"):
+    plan = plan_patch(
+        target, norm, p=p, strategy=strategy, inputs=inputs, include=include, exclude=exclude
+    )
+    measured = None
+    if verify and plan.precision:
+        measured = verify_plan(target, plan, resolve_inputs(target, inputs), apply_plan)
+    apply_plan(target, plan, measured)
+    approximate = plan.count("approximate")
+    if strategy == "auto" and approximate:
+        moved = f" (outputs moved by {measured.change:.1e})" if measured else ""
+        instead = "" if plan.p < 1 else ', or patch with strategy="exact" to leave those alone'
         warnings.warn(
-            f"{plan.count('approximate')} of {len(plan.sites)} norm sites were changed "
-            "approximately: the model's function differs, so fine-tune it before use "
-            "(patch_report(model) has the reason for each site)",
+            f"{approximate} of {len(plan.sites)} norm sites were changed approximately{moved}: "
+            f"fine-tune the model before use{instead}; print(patch_report(model)) has the reason "
+            "for each",
             stacklevel=2,
         )
     return model
@@ -154,14 +140,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def apply_plan(model: nn.Module, plan: PatchPlan) -> None:
+def apply_plan(model: nn.Module, plan: PatchPlan, measured: Measurement | None = None) -> None:
     """Do what `plan` says to `model`, wholly or not at all."""
-    record = _Record(plan)
+    record = _Record(plan, measured)
     try:
-        for site in plan.sites:
-            if site.verdict != "kept":
-                _swap(model, site, plan, record)
-        _leave_fast_path(model, record)
+        fold_weights(model, plan, record.changes)
+        changed = [site for site in plan.sites if site.verdict != "kept"]
+        swap_norms(model, plan, changed, record.changes)
+        add_centers(model, plan, record.changes)
         model.__dict__[_RECORD] = record
         for callback in on_patched:
             callback(model, plan)
@@ -182,20 +168,40 @@ def patch_report(model: nn.Module) -> PatchReport:
         for prefix, _, record in owners
         for site in record.plan.sites
     )
-    return PatchReport(replace(owners[0][2].plan, sites=sites))
+    record = owners[0][2]
+    return PatchReport(replace(record.plan, sites=sites), record.measured)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Take a patch back, in place: the original classes and attributes, bitwise.
+    """Take a patch back, in place: the original weights and classes, bitwise.
 
-    Norm weights trained since the patch keep their training.
+    Weights that the patch did not touch keep any training since, norm weights too.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or weights that the patch folded were trained since
+            (their original values would throw that training away).
     """
-    for _, owner, record in _require_records(model):
+    records = _require_records(model)
+    for _, owner, record in records:
+        _require_untrained(owner, record)
+    for _, owner, record in records:
         _undo(owner, record)
     return model
+
+
+def _require_untrained(model: nn.Module, record: _Record) -> None:
+    if touched := record.changes.touched_since(model):
+        raise PatchError(
+            f"{touched[0]} was folded by the patch and has changed since (trained, or cast): its "
+            "original values would throw that away, so the patch stays"
+        )
+
+
+def _undo(model: nn.Module, record: _Record) -> None:
+    record.changes.undo(model)
+    if model.__dict__.pop(_RECORD, None) is not None:
+        for callback in on_unpatched:
+            callback(model)
 
 
 def _require_records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
@@ -211,83 +217,3 @@ def _require_records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
     raise PatchError(
         f"this {type(model).__name__} was not patched by hf_rmsnorm: call patch_model first"
     )
-
-
-def _swap(model: nn.Module, site: Site, plan: PatchPlan, record: _Record) -> None:
-    """Turn the existing module of `site` into ours, keeping its parameters, hooks and flags."""
-    assert site.spec is not None
-    module = model.get_submodule(site.name)
-    change = _Change(site.name, type(module), {})
-    record.changes.append(change)
-    new_class = PartialRMSNorm if plan.norm == "prmsnorm" else RMSNorm
-    own = module.__dict__
-    if "forward" in own and "_hf_hook" not in own:
-        # left by another library; it would hide ours
-        change.attributes["forward"] = own.pop("forward")
-    module.__class__ = new_class
-    if "_old_forward" in own:  # accelerate's hook calls this one
-        _set(module, change, "_old_forward", MethodType(new_class.forward, module))
-    for name in ("weight", "bias"):
-        if not hasattr(module, name):
-            module.register_parameter(name, None)
-            change.parameters.append(name)
-    for name, value in _attributes(site.spec, plan, module).items():
-        if getattr(module, name, _MISSING) != value:
-            _set(module, change, name, value)
-
-
-def _attributes(spec: NormSpec, plan: PatchPlan, module: nn.Module) -> dict[str, Any]:
-    return {
-        "normalized_shape": spec.normalized_shape,
-        "eps": spec.eps,
-        "elementwise_affine": module.weight is not None,
-        "p": plan.p,
-        "weight_offset": spec.weight_offset,
-        "casting": spec.casting,
-        "channels_first": spec.channels_first,
-        "autocast_float32": spec.autocast_float32,
-    }
-
-
-def _set(module: nn.Module, change: _Change, name: str, value: object) -> None:
-    """Set an attribute past `nn.Module.__setattr__`, remembering what was there."""
-    change.attributes.setdefault(name, module.__dict__.get(name, _MISSING))
-    module.__dict__[name] = value
-
-
-def _leave_fast_path(model: nn.Module, record: _Record) -> None:
-    """Make `nn.TransformerEncoderLayer` call its norms: its fused eval path reads their weights
-    and computes LayerNorm; a hook on a child turns that path off."""
-    changed = {change.name: change for change in record.changes}
-    for name, parent in list(model.named_modules()):
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            for child in ("norm1", "norm2"):
-                if change := changed.get(f"{name}.{child}".strip(".")):
-                    hook = parent.get_submodule(child).register_forward_pre_hook(_call_me)
-                    change.hooks.append(hook)
-        elif isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
-            change = _Change(name, type(parent), {})
-            record.changes.append(change)
-            _set(parent, change, "use_nested_tensor", False)
-
-
-def _call_me(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook that does nothing but be there."""
-
-
-def _undo(model: nn.Module, record: _Record) -> None:
-    for change in reversed(record.changes):
-        module = model.get_submodule(change.name)
-        module.__class__ = change.original_class
-        for name, value in change.attributes.items():
-            if value is _MISSING:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = value
-        for name in change.parameters:
-            module._parameters.pop(name, None)
-        for hook in change.hooks:
-            hook.remove()
-    if model.__dict__.pop(_RECORD, None) is not None:
-        for callback in on_unpatched:
-            callback(model)

@@ -1,130 +1,28 @@
-"""What will be done to a model, decided before anything is touched."""
+"""What will be done to a model, decided before anything is touched: `plan_patch`."""
 
 from __future__ import annotations
 
 import fnmatch
 import itertools
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import PatchError
 from .functional import statistic_size
+from .plan import PatchPlan, Site, site_table
+from .probe_inputs import make_inputs
+from .probing import ProbeResult, probe
 from .recipes import NormSpec, Unreadable, find_norms
 
 NORMS = ("rmsnorm", "prmsnorm")
 STRATEGIES = ("auto", "exact", "direct")
 DEFAULT_P = 0.0625  # the paper's
-FORMAT_VERSION = 1
 
-Verdict = Literal["exact", "approximate", "kept"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One norm site and what becomes of it.
-
-    Attributes:
-        name: module path in the model, `""` for the model itself.
-        class_name: class before patching.
-        verdict: `exact` (same function in eval, up to rounding), `approximate` (the function
-            changes; wants fine-tuning) or `kept` (untouched).
-        reason: why, in one line.
-        spec: what the module computes; `None` where it could not be read.
-    """
-
-    name: str
-    class_name: str
-    verdict: Verdict
-    reason: str
-    spec: NormSpec | None = None
-
-
-@dataclass(frozen=True)
-class PatchPlan:
-    """A patch as pure data: print it, store it, apply it elsewhere.
-
-    Attributes:
-        norm: `"rmsnorm"` or `"prmsnorm"`.
-        p: share of the features in the statistic; 1.0 for RMSNorm.
-        strategy: `"auto"`, `"exact"` or `"direct"`.
-        sites: every norm site of the model, in module order.
-    """
-
-    norm: str
-    p: float
-    strategy: str
-    sites: tuple[Site, ...]
-    version: int = field(default=FORMAT_VERSION)
-
-    def count(self, verdict: Verdict) -> int:
-        return sum(site.verdict == verdict for site in self.sites)
-
-    def summary(self) -> str:
-        """One line: how many sites, and how many of each verdict."""
-        target = self.norm if self.p == 1.0 else f"{self.norm} (p={self.p:g})"
-        counts = ", ".join(f"{self.count(v)} {v}" for v in ("exact", "approximate", "kept"))
-        return f"{len(self.sites)} norm sites -> {target}, strategy {self.strategy}: {counts}"
-
-    def __str__(self) -> str:
-        return self.summary() + "\n" + site_table(self.sites)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> PatchPlan:
-        """The inverse of `to_json`; `PatchError` for text that is not such a plan."""
-        try:
-            data = json.loads(text)
-            version = data["version"]
-            if version > FORMAT_VERSION:
-                raise PatchError(
-                    f"the plan has format version {version}, this hf_rmsnorm reads up to "
-                    f"{FORMAT_VERSION}: update the package"
-                )
-            sites = tuple(
-                Site(**{**site, "spec": spec_from_dict(site["spec"])}) for site in data["sites"]
-            )
-            return cls(**{**data, "sites": sites})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise PatchError(f"not a patch plan: {error!r}") from None
-
-
-def spec_from_dict(data: Mapping[str, Any] | None) -> NormSpec | None:
-    if data is None:
-        return None
-    lists = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-    return NormSpec(**lists)
-
-
-def site_table(sites: Iterable[Site]) -> str:
-    """The sites as a text table, equal rows of numbered layers folded into one."""
-    rows: dict[tuple[str, ...], int] = {}
-    for site in sites:
-        pattern = re.sub(r"\d+", "*", site.name) or "(the model itself)"
-        key = (pattern, site.class_name, site.verdict, site.reason)
-        rows[key] = rows.get(key, 0) + 1
-    header = ("site", "count", "class", "verdict", "reason")
-    table = [header] + [(k[0], str(n), k[1], k[2], k[3]) for k, n in rows.items()]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
-        + "  "
-        + row[4]
-        for row in table
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def clean_name(name: str) -> str:
-    """A module path without the prefixes of `torch.compile` wrappers."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 
 def plan_patch(
@@ -133,14 +31,14 @@ def plan_patch(
     *,
     p: float | None = None,
     strategy: str = "auto",
-    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     verify: bool = True,
 ) -> PatchPlan:
     """What `patch_model` would do with the same arguments. Changes nothing.
 
-    Args and errors: as `patch_model`.
+    Args and errors: as `patch_model`; `verify` has no part in planning.
 
     Example:
         >>> from torch import nn
@@ -151,23 +49,35 @@ def plan_patch(
     share = check_arguments(model, norm, p, strategy)
     found = find_norms(model)
     chosen = select(found, include, exclude)
-    sites = tuple(
+    sites = [
         judge(name, model.get_submodule(name), reading, norm, share, name in chosen)
         for name, reading in found.items()
-    )
-    if strategy == "exact":
-        sites = tuple(
-            replace(site, verdict="kept", reason=f'strategy="exact": {site.reason}')
-            if site.verdict == "approximate"
-            else site
-            for site in sites
+    ]
+    targets = {
+        site.name: site.spec
+        for site in sites
+        if site.verdict == "approximate" and site.spec and site.spec.kind == "layernorm"
+    }
+    plan = PatchPlan(norm, share, strategy, tuple(sites))
+    if targets and strategy != "direct":
+        require_plain_weights(model)
+        result = probe(model, targets, resolve_inputs(model, inputs))
+        plan = replace(
+            plan,
+            sites=tuple(with_probe(s, result, plan) if s.name in targets else s for s in sites),
+            layerscales=result.layerscales,
+            folds=result.folds,
+            centers=result.centers,
+            assumed=result.assumed,
+            moved=result.moved,
+            precision=result.dtype,
         )
-    require_work(sites, strategy)
-    return PatchPlan(norm, share, strategy, sites)
+    require_work(plan)
+    return plan
 
 
 def check_arguments(model: object, norm: str, p: float | None, strategy: str) -> float:
-    """The share `p` to use, after every check that needs no look into the model."""
+    """The share `p` to use, after every check that needs no look at the norms."""
     if not isinstance(model, nn.Module):
         raise PatchError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if norm not in NORMS:
@@ -176,23 +86,29 @@ def check_arguments(model: object, norm: str, p: float | None, strategy: str) ->
         raise PatchError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
     if norm == "rmsnorm" and p is not None:
         raise PatchError(f'p={p} has no meaning for norm="rmsnorm": use norm="prmsnorm"')
-    share = DEFAULT_P if norm == "prmsnorm" and p is None else p
-    if share is None:
-        share = 1.0
+    share = 1.0 if norm == "rmsnorm" else DEFAULT_P if p is None else p
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise PatchError(f"p must be a share in (0, 1], got {p!r}; the paper uses {DEFAULT_P}")
-    sharded = [n for n, m in model.named_modules() if _is_sharded(m)]
-    if sharded:
+    if strategy == "exact" and share < 1:
         raise PatchError(
-            f"{sharded[0] or 'the model'} is already sharded by FSDP: patch the model first, "
-            "then wrap it"
+            f'strategy="exact" cannot hold for pRMSNorm with p={share:g}: a statistic from part of '
+            'the features changes the function; use strategy="auto"'
         )
+    for name, module in model.named_modules():
+        if {cls.__name__ for cls in type(module).__mro__} & {
+            "FSDPModule",
+            "FullyShardedDataParallel",
+        }:
+            raise PatchError(
+                f"{name or 'the model'} is already sharded by FSDP: patch the model first, "
+                "then wrap it"
+            )
     return float(share)
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    names = {cls.__name__ for cls in type(module).__mro__}
-    return bool(names & {"FSDPModule", "FullyShardedDataParallel"})
+def clean_name(name: str) -> str:
+    """A module path without the prefixes of `torch.compile` wrappers."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
 
 
 def select(
@@ -235,24 +151,82 @@ def judge(
         return Site(name, class_name, "kept", "left out by include/exclude", reading)
     if getattr(module, "is_hf_rmsnorm", False) and getattr(module, "p", 1.0) == p:
         return Site(name, class_name, "kept", f"is hf_rmsnorm's {class_name} already", reading)
-    hidden = math.prod(reading.normalized_shape)
-    statistic = f"statistic from {statistic_size(hidden, p)} of {hidden} features" if p < 1 else ""
+    partial = partial_statistic(reading, p)
     if reading.kind == "layernorm":
-        reason = "centring dropped" + (f", {statistic}" if statistic else "")
+        reason = f"centring dropped{partial and '; ' + partial}"
         return Site(name, class_name, "approximate", reason, reading)
-    if p < 1:
-        return Site(name, class_name, "approximate", statistic, reading)
-    return Site(name, class_name, "exact", "already RMSNorm: same formula, our kernel", reading)
+    if partial:
+        return Site(name, class_name, "approximate", partial, reading)
+    reason = "already RMSNorm: same formula, our kernel"
+    return Site(name, class_name, "exact", reason, reading, mean_free=True)
 
 
-def require_work(sites: Sequence[Site], strategy: str) -> None:
+def partial_statistic(spec: NormSpec, p: float) -> str:
+    """How many features the statistic sees, in words; empty where it sees all."""
+    hidden = math.prod(spec.normalized_shape)
+    return f"statistic from {statistic_size(hidden, p)} of {hidden} features" if p < 1 else ""
+
+
+def with_probe(site: Site, result: ProbeResult, plan: PatchPlan) -> Site:
+    """The verdict on a LayerNorm after the probe."""
+    assert site.spec is not None
+    name, partial = site.name, partial_statistic(site.spec, plan.p)
+    leftover = result.leftover.get(name)
+    if name in result.uncalled:
+        reason = "never reached by the probe inputs: pass inputs= that reach it"
+        return replace(site, verdict="kept", reason=reason)
+    if name in result.exact:
+        if partial:
+            reason = f"{result.exact[name]}; {partial}"
+            return replace(site, reason=reason, mean_free=True, leftover=leftover)
+        reason = result.exact[name]
+        return replace(site, verdict="exact", reason=reason, mean_free=True, leftover=leftover)
+    reason = result.kept[name]
+    if plan.strategy == "exact":
+        return replace(site, verdict="kept", reason=reason, leftover=leftover)
+    mean = "" if leftover is None else f", |mean|/rms up to {leftover:.2g}"
+    reason = f"centring dropped{mean}: {reason}{partial and '; ' + partial}"
+    return replace(site, reason=reason, leftover=leftover)
+
+
+def resolve_inputs(model: nn.Module, inputs: Inputs) -> list[Mapping[str, Any]]:
+    """The user's inputs as a list, or made ones."""
+    if inputs is None:
+        return list(make_inputs(model))
+    found = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    if not found or not all(isinstance(kwargs, Mapping) for kwargs in found):
+        raise PatchError(
+            "inputs must be a dict of the forward's keyword arguments, or a non-empty list of "
+            f"such dicts; got {type(inputs).__name__}"
+        )
+    return found
+
+
+def require_plain_weights(model: nn.Module) -> None:
+    """`PatchError` for weights that cannot be read and folded where they are."""
+    way_out = 'patch before, or use strategy="direct", which touches no weight'
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise PatchError(
+                f"{name} is on the meta device (not loaded, or offloaded), so it cannot be folded: "
+                f'load the model in full first, or use strategy="direct"'
+            )
+        if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
+            kind = f"{type(parameter.data).__name__} of {parameter.dtype}"
+            raise PatchError(
+                f"{name} is quantised or sharded ({kind}), so it cannot be folded: {way_out}"
+            )
+
+
+def require_work(plan: PatchPlan) -> None:
     """`PatchError` where nothing would change."""
-    if any(site.verdict != "kept" for site in sites):
+    if any(site.verdict != "kept" for site in plan.sites):
         return
-    if not sites:
+    if not plan.sites:
         raise PatchError(
             "no LayerNorm or RMSNorm module found in the model: there is nothing to patch "
             "(functional calls of F.layer_norm are out of reach)"
         )
-    what = "can be exact" if strategy == "exact" else "can be patched"
-    raise PatchError(f"none of the {len(sites)} norm sites {what}:\n{site_table(sites)}")
+    what = "can be exact" if plan.strategy == "exact" else "can be patched"
+    table = site_table(plan.sites)
+    raise PatchError(f"none of the {len(plan.sites)} norm sites {what}:\n{table}")

@@ -4,8 +4,6 @@ load as the LayerNorm model in silence."""
 from __future__ import annotations
 
 import copy
-import functools
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,18 +13,23 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import PatchError
-from ..planning import FORMAT_VERSION, PatchPlan, Site, spec_from_dict
+from ..plan import FORMAT_VERSION, PatchPlan, Site, layer_pattern, spec_from_dict
+from ..probing import Center
 
 MODEL_TYPE = "hf_rmsnorm"
 RECORD = "hf_rmsnorm"
 
 
-@functools.cache
-def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+_classes: dict[Any, type[PreTrainedConfig]] = {}
+
+
+def config_class(base: Any) -> type[PreTrainedConfig]:
     """`base` under the `hf_rmsnorm` model type; everything else is inherited."""
-    name = f"RMSNorm{base.__name__}"
-    members = {"model_type": MODEL_TYPE, "__module__": __name__, "__qualname__": name}
-    return type(name, (base,), members)
+    if base not in _classes:
+        name = f"RMSNorm{base.__name__}"
+        members = {"model_type": MODEL_TYPE, "__module__": __name__, "__qualname__": name}
+        _classes[base] = type(name, (base,), members)
+    return _classes[base]
 
 
 def __getattr__(name: str) -> Any:
@@ -48,7 +51,7 @@ class RMSNormAutoConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         from .loading import register_models
 
-        base_type = config_dict.get("base_model_type")
+        base_type = str(config_dict.get("base_model_type"))
         if base_type not in CONFIG_MAPPING:
             raise PatchError(
                 f"the config has model type {MODEL_TYPE!r} and base_model_type {base_type!r}, "
@@ -66,7 +69,10 @@ def register() -> None:
 
 
 def check_record(record: object) -> dict[str, Any]:
-    if not isinstance(record, dict) or not {"version", "norm", "p", "sites"} <= record.keys():
+    if (
+        not isinstance(record, dict)
+        or not {"version", "norm", "p", "sites", "centers"} <= record.keys()
+    ):
         raise PatchError(
             f"the config has model type {MODEL_TYPE!r} but no usable {RECORD!r} record: it was not "
             "saved by hf_rmsnorm, or edited since"
@@ -86,15 +92,15 @@ def mark(model: nn.Module, plan: PatchPlan) -> None:
     object gets the copy.
     """
     for prefix, part in _pretrained(model):
-        sites = tuple(_below(plan.sites, prefix))
-        if not any(_changes_the_class(site, plan) for site in sites):
+        inner = _below(plan, prefix)
+        if not any(_changes_the_class(site, plan) for site in inner.sites):
             continue
         old = part.config
         if RECORD in old.__dict__:
             continue  # shares the config of an outer part that is marked already
         new = copy.deepcopy(old)
         new.base_model_type = type(old).model_type
-        setattr(new, RECORD, to_record(part, plan, sites))
+        setattr(new, RECORD, to_record(part, inner))
         new.__class__ = config_class(type(old))
         _replace_config(model, old, new)
 
@@ -132,55 +138,83 @@ def _pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _below(sites: tuple[Site, ...], prefix: str) -> Iterator[Site]:
-    for site in sites:
-        if not prefix:
-            yield site
-        elif site.name.startswith(prefix + "."):
-            yield replace(site, name=site.name.removeprefix(prefix + "."))
+def _below(plan: PatchPlan, prefix: str) -> PatchPlan:
+    """The part of `plan` that concerns the module at `prefix`, with names relative to it."""
+    if not prefix:
+        return plan
+    start = prefix + "."
+    sites = (
+        replace(site, name=site.name.removeprefix(start))
+        for site in plan.sites
+        if site.name.startswith(start)
+    )
+    centers = (
+        replace(center, module=center.module.removeprefix(start))
+        for center in plan.centers
+        if center.module.startswith(start)
+    )
+    return replace(plan, sites=tuple(sites), centers=tuple(centers))
 
 
-def to_record(model: Any, plan: PatchPlan, sites: tuple[Site, ...]) -> dict[str, Any]:
-    """The plan as JSON-able data whose names hold for every head on the same base model.
+def to_record(model: Any, plan: PatchPlan) -> dict[str, Any]:
+    """What a reader of the checkpoint has to do again, as JSON-able data: the weights are folded
+    already, the swaps and centres are not in them.
 
-    Names are relative to the base model (`"base"` true) or to the model; layer numbers become `*`
-    where all layers agree.
+    Names hold for every head on the same base model: relative to the base model where `"base"` is
+    true, to the model otherwise. Layer numbers become `*` where all layers agree.
     """
+
+    def relative(name: str) -> dict[str, Any]:
+        if model.base_model is model:
+            return {"name": name, "base": True}
+        short = name.removeprefix(f"{model.base_model_prefix}.")
+        return {"name": short, "base": short != name}
+
     groups: dict[str, list[Site]] = {}
-    for site in sites:
-        groups.setdefault(re.sub(r"\d+", "*", site.name), []).append(site)
-    rows: list[dict[str, Any]] = []
+    for site in plan.sites:
+        groups.setdefault(layer_pattern(site.name), []).append(site)
+    sites: list[dict[str, Any]] = []
     for pattern, group in groups.items():
         agree = all((s.verdict, s.spec) == (group[0].verdict, group[0].spec) for s in group)
         for name, site in [(pattern, group[0])] if agree else [(s.name, s) for s in group]:
-            relative = name.removeprefix(f"{model.base_model_prefix}.")
-            has_base = model.base_model is not model
-            rows.append(
-                {**asdict(site), "name": relative, "base": not has_base or relative != name}
-            )
+            sites.append({**asdict(site), **relative(name)})
+    centers = [{**asdict(c), "serves": (), **relative(c.module)} for c in plan.centers]
+    for center in centers:
+        del center["module"]
     return {
         "version": FORMAT_VERSION,
         "norm": plan.norm,
         "p": plan.p,
         "strategy": plan.strategy,
-        "sites": rows,
+        "sites": sites,
+        "centers": centers,
     }
 
 
 def from_record(model: Any, record: dict[str, Any]) -> PatchPlan:
     """The plan of `to_record` for `model`, which may have another head or other depth."""
-    base_prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    names = {name: re.sub(r"\d+", "*", name) for name, _ in model.named_modules()}
-    sites: list[Site] = []
-    for row in record["sites"]:
-        wanted = (base_prefix if row["base"] else "") + row["name"]
-        matches = [n for n, pattern in names.items() if wanted in (n, pattern)]
-        if not matches and row["base"] and row["verdict"] != "kept":
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    patterns = {name: layer_pattern(name) for name, _ in model.named_modules()}
+
+    def names(row: dict[str, Any]) -> list[str]:
+        wanted = (prefix if row["base"] else "") + row["name"]
+        found = [name for name, pattern in patterns.items() if wanted in (name, pattern)]
+        if not found and row["base"] and row.get("verdict") != "kept":
             raise PatchError(
                 f"the checkpoint's patch record names {wanted!r}, which this "
                 f"{type(model).__name__} does not have: record and model do not belong together"
             )
-        fields = {k: v for k, v in row.items() if k not in ("base", "name", "spec")}
-        spec = spec_from_dict(row["spec"])
-        sites += [Site(name=name, spec=spec, **fields) for name in matches]
-    return PatchPlan(record["norm"], record["p"], record["strategy"], tuple(sites))
+        return found
+
+    def rest(row: dict[str, Any], *left_out: str) -> dict[str, Any]:
+        return {k: v for k, v in row.items() if k not in ("name", "base", *left_out)}
+
+    sites = tuple(
+        Site(name=name, spec=spec_from_dict(row["spec"]), **rest(row, "spec"))
+        for row in record["sites"]
+        for name in names(row)
+    )
+    centers = tuple(
+        Center(module=name, **rest(row)) for row in record["centers"] for name in names(row)
+    )
+    return PatchPlan(record["norm"], record["p"], record["strategy"], sites, centers=centers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,16 @@ from ..errors import PatchError
 from ..patching import apply_plan
 from .configs import RECORD, check_record, config_class, from_record
 
+_classes: dict[Any, type[PreTrainedModel]] = {}
 
-@functools.cache
-def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+
+def model_class(base: Any) -> type[PreTrainedModel]:
     """`base`, patched as its config says at the end of `__init__`.
 
     The class keeps the name of `base`: pipelines, label smoothing and `architectures` go by it.
     """
+    if base in _classes:
+        return _classes[base]
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -37,7 +39,8 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__module__": __name__,
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (base,), members)
+    _classes[base] = type(base.__name__, (base,), members)
+    return _classes[base]
 
 
 def __getattr__(name: str) -> Any:
@@ -48,11 +51,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def register_models(base: type[PreTrainedConfig]) -> None:
+def register_models(base: Any) -> None:
     """Register the patched class of every head of `base` with its Auto class."""
-    for auto in vars(modeling_auto).values():
+    for auto in list(vars(modeling_auto).values()):
         mapping = getattr(auto, "_model_mapping", None)
-        if mapping is None or not isinstance(auto, type) or base not in mapping:
+        if mapping is None or not hasattr(auto, "register") or base not in mapping:
             continue
         found = mapping[base]
         for head in found if isinstance(found, tuple) else (found,):

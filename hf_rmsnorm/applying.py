@@ -1,0 +1,120 @@
+"""Doing what a plan says: scale, fold, swap, centre."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .changes import Changes, add_empty_parameters, become, get_tensor, set_attribute
+from .modules import CenteredEmbedding, PartialRMSNorm, RMSNorm, subtract_mean
+from .plan import PatchPlan, Site
+from .probing import Center, Fold, LayerScale, fold_tensor, scale_tensor
+
+
+def fold_weights(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
+    """Absorb the scales, then centre the writers: float64 inside, one rounding at the end."""
+    scales: dict[str, tuple[LayerScale, int]] = {
+        writer: (scale, axis) for scale in plan.layerscales for writer, axis in scale.writers
+    }
+    folds: dict[str, list[Fold]] = {name: [] for name in scales}
+    for fold in plan.folds:
+        folds.setdefault(fold.parameter, []).append(fold)
+    for name, chain in folds.items():
+        value = get_tensor(model, name).detach().double()
+        if name in scales:
+            scale, axis = scales[name]
+            value = scale_tensor(value, get_tensor(model, scale.parameter), axis)
+        for fold in chain:
+            value = fold_tensor(value, fold)
+        changes.write(model, name, value)
+    for scale in plan.layerscales:
+        changes.write(model, scale.parameter, torch.ones(()))
+
+
+def swap_norms(model: nn.Module, plan: PatchPlan, sites: list[Site], changes: Changes) -> None:
+    """Turn the existing modules of `sites` into ours; parameters, hooks and flags stay."""
+    new_class = PartialRMSNorm if plan.norm == "prmsnorm" else RMSNorm
+    for site in sites:
+        assert site.spec is not None
+        module, change = changes.open(model, site.name)
+        become(module, new_class, change)
+        add_empty_parameters(module, change, "weight", "bias")
+        wanted: dict[str, Any] = {
+            "normalized_shape": site.spec.normalized_shape,
+            "eps": site.spec.eps,
+            "elementwise_affine": module.weight is not None,
+            "p": plan.p,
+            "weight_offset": site.spec.weight_offset,
+            "casting": site.spec.casting,
+            "channels_first": site.spec.channels_first,
+            "autocast_float32": site.spec.autocast_float32,
+        }
+        for name, value in wanted.items():
+            if getattr(module, name, None) != value:
+                set_attribute(module, change, name, value)
+    _leave_fast_path(model, {site.name for site in sites}, changes)
+
+
+def add_centers(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
+    """Put the plan's mean subtractions where it says."""
+    for center in plan.centers:
+        module, change = changes.open(model, center.module)
+        if type(module) is nn.Embedding and (center.side, center.axis) == ("output", -1):
+            become(module, CenteredEmbedding, change)
+        elif center.side == "output":
+            change.hooks.append(module.register_forward_hook(_CenterOutput(center)))
+        else:
+            hook = module.register_forward_pre_hook(_CenterInput(center), with_kwargs=True)
+            change.hooks.append(hook)
+
+
+class _CenterOutput:
+    """A forward hook; a class, so that a patched model can be pickled."""
+
+    def __init__(self, center: Center):
+        self.key, self.axis = center.key, center.axis
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.key is None:
+            return subtract_mean(output, self.axis)
+        if isinstance(output, tuple) and not hasattr(output, "_fields"):
+            assert isinstance(self.key, int)
+            items = list(output)
+            items[self.key] = subtract_mean(items[self.key], self.axis)
+            return tuple(items)
+        output[self.key] = subtract_mean(output[self.key], self.axis)
+        return output
+
+
+class _CenterInput:
+    """A forward pre-hook for a positional argument or a keyword."""
+
+    def __init__(self, center: Center):
+        self.key, self.axis = center.key, center.axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.key, str):
+            return args, {**kwargs, self.key: subtract_mean(kwargs[self.key], self.axis)}
+        assert isinstance(self.key, int)
+        centered = subtract_mean(args[self.key], self.axis)
+        return (*args[: self.key], centered, *args[self.key + 1 :]), kwargs
+
+
+def _leave_fast_path(model: nn.Module, swapped: set[str], changes: Changes) -> None:
+    """Make `nn.TransformerEncoderLayer` call its norms: its fused eval path reads their weights
+    and computes LayerNorm; a hook on a child turns that path off."""
+    for name, parent in list(model.named_modules()):
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            for child in ("norm1", "norm2"):
+                if (path := f"{name}.{child}".strip(".")) in swapped:
+                    module, change = changes.open(model, path)
+                    change.hooks.append(module.register_forward_pre_hook(_call_me))
+        elif isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
+            _, change = changes.open(model, name)
+            set_attribute(parent, change, "use_nested_tensor", False)
+
+
+def _call_me(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing but be there."""

@@ -1,0 +1,118 @@
+"""Changes to the modules and tensors of a model that can be taken back, bitwise."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class _Absent(enum.Enum):
+    """Stands for an attribute that was not there; an enum so that it survives pickling."""
+
+    ABSENT = enum.auto()
+
+
+@dataclass
+class ModuleChange:
+    """What one module was before."""
+
+    name: str
+    original_class: type
+    attributes: dict[str, Any] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)  # empty slots that were added
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+
+@dataclass
+class Changes:
+    """Everything done to one model so far, in order. Names are relative to that model."""
+
+    modules: list[ModuleChange] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # originals, on the CPU
+    written: dict[str, bytes] = field(default_factory=dict)  # fingerprints of what replaced them
+
+    def open(self, model: nn.Module, name: str) -> tuple[nn.Module, ModuleChange]:
+        """The module called `name`, and a new entry to note its changes in."""
+        module = model.get_submodule(name)
+        change = ModuleChange(name, type(module))
+        self.modules.append(change)
+        return module, change
+
+    def write(self, model: nn.Module, name: str, value: Tensor) -> None:
+        """Overwrite a parameter or buffer in place: optimizers and ties keep their object."""
+        tensor = get_tensor(model, name)
+        if name not in self.tensors:
+            self.tensors[name] = tensor.detach().to("cpu", copy=True)
+        with torch.no_grad():
+            tensor.copy_(value)
+        self.written[name] = _fingerprint(tensor)
+
+    def touched_since(self, model: nn.Module) -> list[str]:
+        """Names of overwritten tensors that no longer hold what was written."""
+        return [
+            n for n, print_ in self.written.items() if _fingerprint(get_tensor(model, n)) != print_
+        ]
+
+    def undo(self, model: nn.Module) -> None:
+        for change in reversed(self.modules):
+            module = model.get_submodule(change.name)
+            module.__class__ = change.original_class
+            for name, value in change.attributes.items():
+                if value is _Absent.ABSENT:
+                    module.__dict__.pop(name, None)
+                else:
+                    module.__dict__[name] = value
+            for name in change.parameters:
+                module._parameters.pop(name, None)
+            for hook in change.hooks:
+                hook.remove()
+        with torch.no_grad():
+            for name, original in self.tensors.items():
+                get_tensor(model, name).copy_(original)
+        self.modules.clear()
+        self.tensors.clear()
+        self.written.clear()
+
+
+def _fingerprint(tensor: Tensor) -> bytes:
+    data = tensor.detach().to("cpu").contiguous()
+    size = data.numel() * data.element_size()
+    return hashlib.blake2b((ctypes.c_char * size).from_address(data.data_ptr())).digest()
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer called `name`."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def become(module: nn.Module, new_class: type, change: ModuleChange) -> None:
+    """Change the class of an existing module, and see to it that the new `forward` is called."""
+    own = module.__dict__
+    if "forward" in own and "_hf_hook" not in own:
+        # left by another library (Liger, kernels): it would hide ours
+        change.attributes["forward"] = own.pop("forward")
+    module.__class__ = new_class
+    if "_old_forward" in own:  # the one that accelerate's hook calls
+        set_attribute(module, change, "_old_forward", MethodType(new_class.forward, module))  # type: ignore[attr-defined]
+
+
+def set_attribute(module: nn.Module, change: ModuleChange, name: str, value: object) -> None:
+    """Set an attribute past `nn.Module.__setattr__`, noting what was there."""
+    change.attributes.setdefault(name, module.__dict__.get(name, _Absent.ABSENT))
+    module.__dict__[name] = value
+
+
+def add_empty_parameters(module: nn.Module, change: ModuleChange, *names: str) -> None:
+    for name in names:
+        if not hasattr(module, name):
+            module.register_parameter(name, None)
+            change.parameters.append(name)

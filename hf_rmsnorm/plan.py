@@ -1,0 +1,161 @@
+"""A patch as pure data: `PatchPlan`, its sites, its table and its JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .errors import PatchError
+from .probing import Center, Fold, LayerScale
+from .recipes import NormSpec
+
+FORMAT_VERSION = 1
+
+Verdict = Literal["exact", "approximate", "kept"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One norm site and what becomes of it.
+
+    Attributes:
+        name: module path in the model, `""` for the model itself.
+        class_name: class before patching.
+        verdict: `exact` (same function in eval, up to rounding), `approximate` (the function
+            changes; wants fine-tuning) or `kept` (untouched).
+        reason: why, in one line.
+        spec: what the module computes; `None` where it could not be read.
+        mean_free: the mean of its input is zero once the plan's folds and centres are applied, so
+            that dropping the centring alone changes nothing.
+        leftover: largest |mean| / rms seen at its input after folds and centres; `None` if not
+            measured.
+    """
+
+    name: str
+    class_name: str
+    verdict: Verdict
+    reason: str
+    spec: NormSpec | None = None
+    mean_free: bool = False
+    leftover: float | None = None
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """A patch as pure data: print it, store it, apply it elsewhere.
+
+    Attributes:
+        norm: `"rmsnorm"` or `"prmsnorm"`.
+        p: share of the features in the statistic; 1.0 for RMSNorm.
+        strategy: `"auto"`, `"exact"` or `"direct"`.
+        sites: every norm site of the model, in module order.
+        layerscales, folds, centers: what makes the means zero, in this order.
+        assumed: parameters that the probe inputs never reached, folded like their siblings.
+        moved: outputs beside the main ones (hidden states, outputs of sub-models) that the folds
+            change: they lose their mean over the features.
+        precision: dtype that the probe computed in; empty where no probe was needed.
+    """
+
+    norm: str
+    p: float
+    strategy: str
+    sites: tuple[Site, ...]
+    layerscales: tuple[LayerScale, ...] = ()
+    folds: tuple[Fold, ...] = ()
+    centers: tuple[Center, ...] = ()
+    assumed: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
+    precision: str = ""
+    version: int = FORMAT_VERSION
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(site.verdict == verdict for site in self.sites)
+
+    def summary(self) -> str:
+        """One line: how many sites, and how many of each verdict."""
+        target = self.norm if self.p == 1.0 else f"{self.norm} (p={self.p:g})"
+        counts = ", ".join(f"{self.count(v)} {v}" for v in ("exact", "approximate", "kept"))
+        line = f"{len(self.sites)} norm sites -> {target}, strategy {self.strategy}: {counts}"
+        if self.folds or self.centers:
+            line += f"; {len(self.folds)} folded weights, {len(self.centers)} centring ops"
+        return line
+
+    def __str__(self) -> str:
+        lines = [self.summary(), site_table(self.sites)]
+        if self.folds:
+            folded = dict.fromkeys(layer_pattern(fold.parameter) for fold in self.folds)
+            lines.append("centred over the features: " + ", ".join(folded))
+        for center in self.centers:
+            lines.append(f"one mean subtraction at {center}, for {len(center.serves)} norms")
+        if self.assumed:
+            lines.append(
+                "never reached by the probe, treated like their siblings: "
+                + ", ".join(dict.fromkeys(layer_pattern(name) for name in self.assumed))
+            )
+        if self.moved:
+            lines.append("side outputs that lose their mean: " + ", ".join(self.moved))
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> PatchPlan:
+        """The inverse of `to_json`; `PatchError` for text that is not such a plan."""
+        try:
+            data = json.loads(text)
+            version = data["version"]
+            if version > FORMAT_VERSION:
+                raise PatchError(
+                    f"the plan has format version {version}, this hf_rmsnorm reads up to "
+                    f"{FORMAT_VERSION}: update the package"
+                )
+            sites = [
+                Site(**{**site, "spec": spec_from_dict(site["spec"])}) for site in data["sites"]
+            ]
+            scales = [LayerScale(**_tuples(scale)) for scale in data["layerscales"]]
+            folds = [Fold(**_tuples(fold)) for fold in data["folds"]]
+            centers = [Center(**_tuples(center)) for center in data["centers"]]
+            parts = {"sites": sites, "layerscales": scales, "folds": folds, "centers": centers}
+            return cls(**_tuples({**data, **parts}))
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise PatchError(f"not a patch plan: {error!r}") from None
+
+
+def spec_from_dict(data: Mapping[str, Any] | None) -> NormSpec | None:
+    return None if data is None else NormSpec(**_tuples(data))
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists alone: every list in `data` as the tuple it was."""
+
+    def convert(value: Any) -> Any:
+        return tuple(map(convert, value)) if isinstance(value, list) else value
+
+    return {key: convert(value) for key, value in data.items()}
+
+
+def layer_pattern(name: str) -> str:
+    """A module path with the numbers of layers as `*`: `h.3.ln_1` gives `h.*.ln_1`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def site_table(sites: Iterable[Site]) -> str:
+    """The sites as a text table, equal rows of numbered layers folded into one."""
+    rows: dict[tuple[str, ...], int] = {}
+    for site in sites:
+        pattern = layer_pattern(site.name) or "(the model itself)"
+        key = (pattern, site.class_name, site.verdict, site.reason)
+        rows[key] = rows.get(key, 0) + 1
+    header = ("site", "count", "class", "verdict", "reason")
+    table = [header] + [(k[0], str(n), k[1], k[2], k[3]) for k, n in rows.items()]
+    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        + "  "
+        + row[4]
+        for row in table
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

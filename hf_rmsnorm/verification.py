@@ -1,0 +1,164 @@
+"""Running a plan on copies of the model before the model itself is touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .errors import VerificationError
+from .plan import PatchPlan
+from .probing import relative_change, run_outputs
+from .probing.bench import model_place
+
+Inputs = Sequence[Mapping[str, Any]]
+Apply = Callable[[nn.Module, PatchPlan], None]
+
+EXACT = 1e-9
+EXACT_WITH_FLOAT32_INSIDE = 1e-6
+ROUNDING_FACTOR = 5.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How far outputs moved on the probe inputs, as largest difference over largest value.
+
+    Attributes:
+        exact_part: the exact part of the patch alone, in `precision`: what is left is rounding.
+        precision: the dtype of that comparison, `"float64"` where the model runs in it.
+        exact_part_own: the same in the model's own dtype, against the `precision` outputs.
+        rounding: the unpatched model in its own dtype, against the same outputs.
+        change: the whole patch, approximate sites included, in the model's own dtype.
+    """
+
+    exact_part: float
+    precision: str
+    exact_part_own: float
+    rounding: float
+    change: float
+
+    def __str__(self) -> str:
+        return (
+            f"outputs on the probe inputs: exact part off by {self.exact_part:.1e} in "
+            f"{self.precision}; by {self.exact_part_own:.1e} in the model's dtype (unpatched "
+            f"{self.rounding:.1e}); whole patch moves them by {self.change:.1e}"
+        )
+
+
+def exact_part(plan: PatchPlan) -> PatchPlan:
+    """What of `plan` keeps the function: folds, centres, and RMSNorm where the mean is zero."""
+    sites = tuple(
+        replace(site, verdict="exact" if site.mean_free and site.verdict != "kept" else "kept")
+        for site in plan.sites
+    )
+    return replace(plan, norm="rmsnorm", p=1.0, sites=sites)
+
+
+def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> Measurement:
+    """Measure `plan` on copies of `model`; the model is not touched.
+
+    Raises:
+        VerificationError: the exact part moves the outputs by more than rounding.
+    """
+    precise = getattr(torch, plan.precision)
+    original, dtype = _twin(model), model_place(model)[0]
+    own = run_outputs(original, inputs)
+    original.to(precise)
+    with _float32_seen() as narrow:
+        truth = run_outputs(original, inputs)
+    tolerance = EXACT if precise == torch.float64 and not narrow else EXACT_WITH_FLOAT32_INSIDE
+    if precise != torch.float64:
+        tolerance = 20 * torch.finfo(precise).eps
+
+    exact = exact_part(plan)
+    twin = _twin(model).to(precise)
+    apply(twin, exact)
+    error = relative_change(truth, run_outputs(twin, inputs))
+    if not error <= tolerance:
+        where = _first_difference(original, twin, exact, inputs, tolerance)
+        raise VerificationError(
+            f"the exact part of the patch moves the outputs by {error:.1e} (allowed: "
+            f"{tolerance:.0e}), first at {where}. The model is unchanged. Exclude that site, or "
+            'use strategy="direct", and please report this model'
+        )
+    del original, twin
+
+    twin = _twin(model)
+    apply(twin, exact)
+    rounding = relative_change(truth, own)
+    own_error = relative_change(truth, run_outputs(twin, inputs))
+    allowed = ROUNDING_FACTOR * rounding + 10 * torch.finfo(dtype).eps
+    if not own_error <= allowed:
+        raise VerificationError(
+            f"the exact part of the patch is off by {own_error:.1e} in {dtype}, the unpatched "
+            f"model by {rounding:.1e} (allowed: {allowed:.1e}). The model is unchanged"
+        )
+    twin = _twin(model)
+    apply(twin, plan)
+    change = relative_change(own, run_outputs(twin, inputs))
+    return Measurement(error, plan.precision, own_error, rounding, change)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval()
+
+
+def _first_difference(
+    original: nn.Module, patched: nn.Module, plan: PatchPlan, inputs: Inputs, tolerance: float
+) -> str:
+    """The first norm site, in order of execution, whose output moved."""
+    sites = [site.name for site in plan.sites if site.verdict == "exact"]
+    before, after = (_site_outputs(model, sites, inputs) for model in (original, patched))
+    for (name, x), (_, y) in zip(before, after, strict=False):
+        if not relative_change([x], [y]) <= tolerance:
+            return name or "the model itself"
+    return "an output that no norm site feeds"
+
+
+def _site_outputs(
+    model: nn.Module, sites: Sequence[str], inputs: Inputs
+) -> list[tuple[str, Tensor]]:
+    seen: list[tuple[str, Tensor]] = []
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: seen.append((name, output.detach().clone()))
+        )
+        for name in sites
+    ]
+    try:
+        run_outputs(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+class _Casts(TorchDispatchMode):
+    """Notes whether float64 is ever rounded to float32: models that upcast "to float32" inside."""
+
+    def __init__(self, seen: list[bool]):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (
+            func is torch.ops.aten._to_copy.default
+            and result.dtype == torch.float32
+            and args[0].dtype == torch.float64
+        ):
+            self.seen.append(True)
+        return result
+
+
+@contextmanager
+def _float32_seen() -> Iterator[list[bool]]:
+    seen: list[bool] = []
+    with _Casts(seen):
+        yield seen
