@@ -94,7 +94,10 @@ def _key(module: nn.Module) -> Hashable | None:
     state = {k: v for k, v in vars(module).items() if k not in _MODULE_STATE | _FORWARD_STATE}
     if not all(isinstance(value, _SIMPLE) for value in state.values()):
         return None
-    parameters = [(k, p if p is None else shape_of(p)) for k, p in module._parameters.items()]
+    parameters = [
+        (name, p if p is None else (shape_of(p), p.device))
+        for name, p in module._parameters.items()
+    ]
     return type(module), _forward(module), repr((parameters, list(module._buffers), state))
 
 

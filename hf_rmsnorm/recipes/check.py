@@ -93,12 +93,11 @@ def check(module: nn.Module, forward: Forward) -> NormSpec | Unreadable:
     """What `forward` computes on the leaf `module`, which has no tensors but weight and bias."""
     cpu = torch.device("cpu")
     devices = {p.device for p in module._parameters.values() if p is not None}
-    failures: list[str] = []
     # Kernels of other libraries may run on an accelerator only, where the module then is.
     for device in (cpu, *(devices - {cpu, torch.device("meta")})):
         with _undisturbed(device):
             probe = _Probe(module, forward, device)
-            outputs = probe.outputs(failures)
+            outputs, failures = probe.outputs()
             for layout, y in outputs:
                 for spec in probe.readings(layout):
                     if _gaps(y, probe.formula(spec, torch.float32, torch.float32)).max() < 1e-5:
@@ -146,7 +145,7 @@ class _Probe:
         declared = [declared] if isinstance(declared, int) else declared
         shapes = [tuple(declared)] if isinstance(declared, (tuple, list)) else []
         if affine is not None:
-            shapes += [tuple(affine.shape), tuple(affine.shape[-1:])]
+            shapes += [tuple(affine.shape[-1:]), tuple(affine.shape)]
         self.shapes = list(dict.fromkeys(shapes)) or [()]
 
         # Standardised, so that no row is ill-conditioned; then with an offset (shows centring), at
@@ -173,7 +172,7 @@ class _Probe:
             for name, value in (("weight", self.weight), ("bias", self.bias))
             if name in self.module._parameters
         }
-        x = self.x.to(dtype).reshape(*layout.others, *self.x.shape[1:])
+        x = self.x.to(dtype, copy=True).reshape(*layout.others, *self.x.shape[1:])
         y = self.forward(clone, x.movedim(-1, 1).contiguous() if layout.channels_first else x)
         if not isinstance(y, Tensor):
             raise TypeError(f"it returned a {type(y).__name__}")
@@ -182,22 +181,22 @@ class _Probe:
             raise ValueError(f"input of shape {tuple(x.shape)} gave {tuple(y.shape)}")
         return y.reshape(self.x.shape)
 
-    def outputs(self, failures: list[str]) -> list[tuple[_Layout, Tensor]]:
-        """The output for each layout that the module takes; `failures` gets the others' errors."""
-        found = []
+    def outputs(self) -> tuple[list[tuple[_Layout, Tensor]], list[str]]:
+        """The output for each layout that the module takes, and why it does not take the others."""
+        found, failures = [], []
         for layout in self.layouts:
             try:
                 found.append((layout, self.run(layout, torch.float32, torch.float32)))
             except Exception as error:  # whatever it is: not a forward for such an input
                 failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
-        return found
+        return found, failures
 
     def formula(self, spec: NormSpec, dtype: torch.dtype, weight_dtype: torch.dtype) -> Tensor:
         """What `run` returns if `spec` is right."""
         x = self.x.to(dtype)
+        x = x.float() if spec.autocast_float32 else x
         affine = (None if t is None else t.to(weight_dtype) for t in (self.weight, self.bias))
-        spec_last = replace(spec, channels_first=False)
-        return spec_last.compute(x.float() if spec.autocast_float32 else x, *affine)
+        return replace(spec, channels_first=False).compute(x, *affine)
 
     def readings(self, layout: _Layout) -> Iterator[NormSpec]:
         kinds: tuple[Literal["layernorm", "rmsnorm"], ...] = ("layernorm", "rmsnorm")
@@ -222,7 +221,7 @@ def _with_casting(probe: _Probe, layout: _Layout, spec: NormSpec) -> NormSpec | 
     llama = replace(spec, casting="llama")
     spec = min((spec, llama, replace(llama, returns_weight_dtype=True)), key=misfit)
     if misfit(spec) > 2**-6:
-        return Unreadable("what it returns in bfloat16 is not what a norm returns")
+        return Unreadable("its output in bfloat16 differs from a norm's in value or in dtype")
     with _cuda_autocast(), suppress(Exception):  # as above
         outputs = {(half, full): probe.run(layout, half, full)}
     return min((spec, replace(spec, autocast_float32=True)), key=misfit)
