@@ -1,0 +1,191 @@
+"""`hf-rmsnorm`: inspect, patch and verify checkpoints from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ops
+from .errors import PatchError, VerificationError
+from .patching import patch_model, patch_report
+from .planning import NORMS, STRATEGIES, plan_patch, resolve_inputs
+from .probing import relative_change, run_outputs
+
+PLAN_FILE = "hf_rmsnorm_plan.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, 1 (verify: they differ) or 2 (an error)."""
+    arguments = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", message=r".*changed approximately", category=UserWarning)
+    try:
+        return arguments.run(arguments)
+    except (PatchError, VerificationError, OSError, ValueError, ImportError) as error:
+        print(f"hf-rmsnorm {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Print the plan."""
+    plan = plan_patch(_load(arguments.model, arguments), **_patch_arguments(arguments))
+    print(plan.to_json() if arguments.json else plan)
+    return 0
+
+
+def patch(arguments: argparse.Namespace) -> int:
+    """Write the patched checkpoint; beside first, so that a failure leaves nothing half-written."""
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
+        raise PatchError(f"{out} exists and is not empty: choose another, or pass --overwrite")
+    model = patch_model(_load(arguments.model, arguments), **_patch_arguments(arguments))
+    report = patch_report(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
+        target = Path(beside) / out.name
+        model.save_pretrained(target)
+        _copy_processor(arguments.model, target)
+        (target / PLAN_FILE).write_text(report.plan.to_json() + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        target.rename(out)
+    print(report)
+    print(f"written to {out}; load it with hf_rmsnorm.from_pretrained({str(out)!r})")
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare the outputs of two checkpoints on made inputs."""
+    first = _load(arguments.model, arguments)
+    dtype = getattr(torch, arguments.precision)
+    inputs = resolve_inputs(first, None)
+    outputs = [run_outputs(first.to(dtype), inputs)]
+    del first
+    outputs.append(run_outputs(_load(arguments.other, arguments).to(dtype), inputs))
+    error = relative_change(*outputs)
+    same = error <= arguments.tolerance
+    print(
+        f"largest output difference over largest output, in {arguments.precision}: {error:.2e} "
+        f"({'within' if same else 'OVER'} {arguments.tolerance:.0e})"
+    )
+    return 0 if same else 1
+
+
+def env(arguments: argparse.Namespace) -> int:
+    """Print what a bug report needs."""
+    names = ("hf_rmsnorm", "torch", "triton", "transformers", "accelerate", "kernels", "peft")
+    print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cpus")
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            print(f"{name} {importlib.metadata.version(name)}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"cuda device: {torch.cuda.get_device_name()}")
+    for device in devices:
+        print(f"kernels on {device}: {ops.backend_for(torch.ones(1, device=device)).__name__}")
+    return 0
+
+
+def _patch_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("norm", "p", "strategy", "include", "exclude")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _load(path: str, arguments: argparse.Namespace) -> nn.Module:
+    """A checkpoint, or with `--random-weights` a model built from its config alone."""
+    import transformers
+
+    from .hub.loading import from_pretrained
+
+    transformers.utils.logging.disable_progress_bar()
+    if not getattr(arguments, "random_weights", False):
+        return from_pretrained(
+            path, dtype=arguments.dtype, trust_remote_code=arguments.trust
+        ).eval()
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust)
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    torch.manual_seed(0)
+    model = cls(config) if cls else transformers.AutoModel.from_config(config)
+    with torch.no_grad():  # fresh ones and zeros would make post-norm models look convertible
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def _copy_processor(source: str, target: Path) -> None:
+    """Tokenizer or processor files, where the source has them."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    for auto in (AutoProcessor, AutoTokenizer):
+        with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
+            auto.from_pretrained(source).save_pretrained(target)
+            return
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-rmsnorm",
+        description="LayerNorm to RMSNorm or pRMSNorm in Hugging Face models.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    loading = argparse.ArgumentParser(add_help=False)
+    loading.add_argument("model", help="checkpoint folder or hub name")
+    loading.add_argument("--dtype", default="auto", help="dtype to load in (default: as saved)")
+    loading.add_argument(
+        "--trust-remote-code", dest="trust", action="store_true", help="run the repository's code"
+    )
+
+    patching = argparse.ArgumentParser(add_help=False)
+    patching.add_argument("--norm", choices=NORMS, default="rmsnorm", help="default: rmsnorm")
+    patching.add_argument(
+        "--p", type=float, help="share of the features in pRMSNorm's statistic (default: 0.0625)"
+    )
+    patching.add_argument("--strategy", choices=STRATEGIES, default="auto", help="default: auto")
+    patching.add_argument("--include", nargs="+", metavar="GLOB", help="only these norm sites")
+    patching.add_argument("--exclude", nargs="+", metavar="GLOB", help="not these norm sites")
+
+    command = commands.add_parser(
+        "inspect", parents=[loading, patching], help="print what a patch would do, and why"
+    )
+    command.add_argument("--json", action="store_true", help="the whole plan as JSON")
+    command.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="judge the architecture by its config alone, with random weights",
+    )
+    command.set_defaults(run=inspect)
+
+    command = commands.add_parser(
+        "patch", parents=[loading, patching], help="write the patched checkpoint"
+    )
+    command.add_argument("out", help="folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace the folder")
+    command.set_defaults(run=patch)
+
+    command = commands.add_parser(
+        "verify",
+        parents=[loading],
+        help="compare two checkpoints' outputs; status 1 if they differ",
+    )
+    command.add_argument("other", help="the second checkpoint")
+    command.add_argument("--precision", choices=("float64", "float32"), default="float64")
+    command.add_argument("--tolerance", type=float, default=1e-5, help="default: %(default)s")
+    command.set_defaults(run=verify)
+
+    command = commands.add_parser("env", help="versions and backends, for bug reports")
+    command.set_defaults(run=env)
+    return parser

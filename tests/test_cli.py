@@ -1,0 +1,93 @@
+"""The command line, run in process on tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from hf_rmsnorm import PatchPlan
+from hf_rmsnorm.cli import main
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(5)
+    config = transformers.GPT2Config(
+        vocab_size=53, n_embd=24, n_layer=2, n_head=2, n_positions=16, eos_token_id=2
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_inspect_prints_the_plan(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint)]) == 0
+    table = capsys.readouterr().out
+    assert "5 norm sites -> rmsnorm, strategy auto: 5 exact" in table
+    assert "transformer.h.*.ln_1" in table and "transformer.wte" in table
+    assert main(["inspect", str(checkpoint), "--json", "--norm", "prmsnorm", "--p", "0.5"]) == 0
+    plan = PatchPlan.from_json(capsys.readouterr().out)
+    assert plan.p == 0.5 and plan.count("approximate") == 5
+    assert main(["inspect", str(checkpoint), "--random-weights", "--strategy", "exact"]) == 0
+    assert "5 exact" in capsys.readouterr().out
+
+
+def test_patch_then_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = checkpoint.parent / "patched"
+    assert main(["patch", str(checkpoint), str(out)]) == 0
+    assert "written to" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["model_type"] == "hf_rmsnorm"
+    assert main(["verify", str(checkpoint), str(out)]) == 0
+    assert "within" in capsys.readouterr().out
+    direct = checkpoint.parent / "direct"
+    assert main(["patch", str(checkpoint), str(direct), "--strategy", "direct"]) == 0
+    assert main(["verify", str(checkpoint), str(direct)]) == 1
+    assert "OVER" in capsys.readouterr().out
+
+
+def test_errors_have_status_two_and_leave_folders_alone(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = checkpoint.parent / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    cases = [
+        (["patch", str(checkpoint), str(full)], "exists and is not empty"),
+        (["inspect", str(full)], "is not a checkpoint"),
+        (["inspect", str(checkpoint), "--p", "0.5"], "p=0.5 has no meaning"),
+        (["inspect", str(checkpoint), "--include", "x*"], "matches no norm site"),
+        (
+            ["patch", str(checkpoint), str(full), "--overwrite", "--norm", "prmsnorm", "--p", "2"],
+            "p must be a share",
+        ),
+    ]
+    for argv, message in cases:
+        assert main(argv) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in full.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["full", "model"]
+    with pytest.raises(SystemExit) as usage:
+        main(["inspect", str(checkpoint), "--norm", "rms"])
+    assert usage.value.code == 2
+
+
+def test_env_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out and "kernels on cpu: hf_rmsnorm.ops." in out
+
+
+def test_patching_a_patched_checkpoint_says_so(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = checkpoint.parent / "patched"
+    assert main(["patch", str(checkpoint), str(out)]) == 0
+    assert main(["inspect", str(out)]) == 2
+    assert "is hf_rmsnorm's RMSNorm already" in capsys.readouterr().err
