@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import PatchError
 
-_SHAPES = ((2, 9), (1, 6))  # (batch, tokens) of the two inputs
+SHAPES = ((2, 8), (1, 5))  # (batch, tokens) of the two inputs
 _FRAMES = 2
 
 
@@ -70,10 +70,10 @@ class _Maker:
         return torch.tensor(ids[min(3, len(ids) - 1) :])
 
     def mask(self) -> Tensor:
-        """1 for tokens; where there are several examples, the last one is padded."""
+        """1 for tokens. Where there are several examples the last one is padded, by no more than a
+        token: in a short attention window more would leave nothing to attend to."""
         mask = torch.ones(self.batch, self.length, dtype=torch.long)
-        if self.batch > 1:
-            mask[-1, -2:] = 0
+        mask[1:, -1] = 0
         return mask
 
     def pair(self, value: Any) -> tuple[int, int]:
@@ -156,7 +156,8 @@ class _Maker:
                 found[name] = make()
         if "bbox" in takes:
             found["bbox"] = self.bbox()
-        if "bool_masked_pos" in takes:
+        masked = self.parameters.get("bool_masked_pos")
+        if masked and (masked.default is masked.empty or self.read("use_mask_token")):
             found["bool_masked_pos"] = self.bool_masked_pos()
         if "decoder_input_ids" in takes and text_decoder:
             found["decoder_input_ids"] = self.tokens()
@@ -202,11 +203,16 @@ def _message(model: nn.Module, problem: str) -> str:
     )
 
 
-def make_inputs(model: nn.Module) -> list[dict[str, Any]]:
-    """Two inputs of different batch, length and content, as keyword arguments of `model.forward`.
+def make_inputs(
+    model: nn.Module, shapes: Sequence[tuple[int, int]] = SHAPES, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Inputs of different batch, length and content, as keyword arguments of `model.forward`.
 
     Text, images, audio, video and their combinations; decoder tokens for encoder-decoders; padding
-    in the first. Sizes come from `model.config`.
+    where there are several examples. Sizes come from `model.config`.
+
+    Args:
+        shapes: `(batch, tokens)` of each input.
 
     Raises:
         PatchError: nothing suitable, with what to pass as `inputs=`.
@@ -218,11 +224,11 @@ def make_inputs(model: nn.Module) -> list[dict[str, Any]]:
         ...     config = Config()
         ...     def forward(self, input_ids, attention_mask=None): ...
         >>> [{k: tuple(v.shape) for k, v in i.items()} for i in make_inputs(Model())][1]
-        {'input_ids': (1, 6), 'attention_mask': (1, 6)}
+        {'input_ids': (1, 5), 'attention_mask': (1, 5)}
     """
     found = []
-    for seed, (batch, length) in enumerate(_SHAPES):
-        maker = _Maker(model, batch, length, seed)
+    for i, (batch, length) in enumerate(shapes):
+        maker = _Maker(model, batch, length, seed + i)
         inputs = maker.make()
         if not inputs:
             raise PatchError(_message(model, "its forward takes none of the usual inputs"))

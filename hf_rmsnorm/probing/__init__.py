@@ -16,7 +16,7 @@ from .bench import Bench, make_bench
 from .confirm import folded, settle, shifted, sibling_folds, unseen_folds
 from .explain import explain
 from .facts import Center, Fold, LayerScale, ProbeResult, fold_tensor, scale_tensor
-from .outputs import relative_change, run_outputs
+from .outputs import plain_copy, relative_change, rounding_gap, run_outputs
 from .scales import absorbed, find_scales
 from .streams import centered, choose_centers
 from .symmetry import survey
@@ -27,8 +27,10 @@ __all__ = [
     "LayerScale",
     "ProbeResult",
     "fold_tensor",
+    "plain_copy",
     "probe",
     "relative_change",
+    "rounding_gap",
     "run_outputs",
     "scale_tensor",
 ]

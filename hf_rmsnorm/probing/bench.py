@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from .outputs import (
     cast_inputs,
     is_float,
     model_place,
+    plain_copy,
     relative_change,
     seeded,
     split_outputs,
@@ -175,30 +175,13 @@ class Bench:
         return worst, list(order)
 
 
-def _quiet_settings(model: nn.Module) -> None:
-    """Plain attention and experts, no cache: what one forward computes without shortcuts."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        for key, value in (
-            ("_attn_implementation", "eager"),
-            ("_experts_implementation", "eager"),
-            ("use_cache", False),
-            ("output_hidden_states", False),
-            ("output_attentions", False),
-        ):
-            if getattr(config, key, None) is not None:
-                setattr(config, key, value)
-
-
 def _bench(
     model: nn.Module,
     norms: Mapping[str, NormSpec],
     inputs: Sequence[Mapping[str, Any]],
     dtype: torch.dtype,
 ) -> Bench:
-    twin = copy.deepcopy(model).eval().to(dtype)
-    twin.requires_grad_(False)
-    _quiet_settings(twin)
+    twin = plain_copy(model, dtype).requires_grad_(False)
     device = model_place(twin)[1]
     bench = Bench(
         twin, dict(norms), [cast_inputs(dict(i), dtype, device) for i in inputs], dtype, device

@@ -38,6 +38,11 @@ _TRANSPARENT = (
 )
 
 
+def _mean_ratio(x: Tensor, axis: int) -> float:
+    rms = x.square().mean().sqrt().item()
+    return x.mean(axis).abs().max().item() / rms if rms else 0.0
+
+
 def _kind(node: Any) -> str:
     return node.name().rstrip("0123456789").removesuffix("Backward")
 
@@ -50,7 +55,7 @@ class _Trace:
         self.makers: dict[Any, str] = {}  # graph node -> leaf module
         self.means: dict[str, float] = {}  # leaf module -> |mean| / rms of its output
         self.readers: dict[int, list[str]] = {}  # id of a tensor -> leaf modules
-        self.inputs: dict[str, Tensor] = {}  # norm -> its first input
+        self.inputs: dict[str, tuple[float, Tensor]] = {}  # norm -> its worst |mean| / rms, input
         self.keep: list[Any] = []
 
     def run(self) -> list[Tensor]:
@@ -64,7 +69,9 @@ class _Trace:
                 handle.remove()
 
     def _watch(self, name: str, x: Tensor) -> None:
-        self.inputs.setdefault(name, x)
+        mean = _mean_ratio(x.detach(), norm_axis(self.bench.norms[name], x))
+        if name not in self.inputs or mean > self.inputs[name][0]:
+            self.inputs[name] = mean, x
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -76,9 +83,7 @@ class _Trace:
             if isinstance(y, Tensor) and y.grad_fn is not None and y.ndim > 0:
                 self.makers.setdefault(y.grad_fn, name)
                 axis = norm_axis(self.bench.norms[name], y) if name in self.bench.norms else -1
-                rms = y.detach().square().mean().sqrt().item()
-                mean = y.detach().mean(axis).abs().max().item()
-                self.means[name] = mean / rms if rms else 0.0
+                self.means[name] = max(self.means.get(name, 0.0), _mean_ratio(y.detach(), axis))
 
         return hook
 
@@ -93,9 +98,12 @@ class _Trace:
             seen.add(node)
             if node in self.makers:
                 found[self.makers[node]] = None
-            elif _kind(node) in _TRANSPARENT:
-                stack += [following for following, _ in node.next_functions]
-            elif _kind(node) != "struct torch::autograd::AccumulateGrad":
+                continue
+            sources = [source for source, _ in node.next_functions]
+            scaled = _kind(node) in ("Mul", "Div") and sources.count(None) == len(sources) - 1
+            if scaled or _kind(node) in _TRANSPARENT:
+                stack += sources
+            elif "AccumulateGrad" not in _kind(node):
                 found[f"<{_kind(node)}>"] = None
         return list(found)
 
@@ -113,7 +121,8 @@ def explain(bench: Bench, names: Sequence[str], called: Sequence[str]) -> dict[s
             leaf.requires_grad_(True)
         outputs = trace.run()
         loss = cotangent(outputs, torch.Generator().manual_seed(6))
-        open_inputs = {n: trace.inputs[n] for n in names if trace.inputs[n].requires_grad}
+        inputs = {name: trace.inputs[name][1] for name in names}
+        open_inputs = {name: x for name, x in inputs.items() if x.requires_grad}
         grads: dict[str, Tensor | None] = {}
         if loss is not None and open_inputs:
             found = torch.autograd.grad(loss, list(open_inputs.values()), allow_unused=True)
@@ -123,7 +132,7 @@ def explain(bench: Bench, names: Sequence[str], called: Sequence[str]) -> dict[s
             leaf.requires_grad_(False)
     returned = {id(x) for x in outputs}
     for name in names:
-        x, grad = trace.inputs[name], grads.get(name)
+        x, grad = inputs[name], grads.get(name)
         if grad is not None and _is_read_raw(bench, name, grad):
             others = [m for m in trace.readers[id(x)] if m not in bench.norms]
             reader = f"by {others[0]} " if others else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,36 @@ def run_outputs(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> list[T
             held, _ = split_outputs(model(**cast_inputs(kwargs, dtype, device)))
         found += held.values()
     return found
+
+
+def plain_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in eval mode and `dtype`, with plain attention and experts and without a cache: fused
+    ones exist for some dtypes only. Where a model has no such settings it is copied as it is."""
+    twin = copy.deepcopy(model).eval().to(dtype)
+    for module in twin.modules():
+        config = getattr(module, "config", None)
+        for key, value in (
+            ("_attn_implementation", "eager"),
+            ("_experts_implementation", "eager"),
+            ("use_cache", False),
+            ("output_hidden_states", False),
+            ("output_attentions", False),
+        ):
+            if getattr(config, key, None) is not None:
+                setattr(config, key, value)
+    return twin
+
+
+def rounding_gap(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Relative distance of the model's own float32 outputs from its float64 ones: what no rewriting
+    can be asked to beat. None where the model cannot run in float64."""
+    single = run_outputs(plain_copy(model, torch.float32), inputs)
+    try:
+        double = run_outputs(plain_copy(model, torch.float64), inputs)
+    except Exception:  # a model's own forward may raise anything
+        return None
+    gap = relative_change(double, single)
+    return gap if math.isfinite(gap) else None
 
 
 def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
