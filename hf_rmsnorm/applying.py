@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .changes import Changes, add_empty_parameters, become, get_tensor, set_attribute
+from .errors import PatchError
 from .modules import CenteredEmbedding, PartialRMSNorm, RMSNorm, subtract_mean
 from .plan import PatchPlan, Site
-from .probing import Center, Fold, LayerScale, fold_tensor, scale_tensor
+from .probing import Center, Fold, fold_tensor, scale_tensor
 
 
 def fold_weights(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
-    """Absorb the scales, then centre the writers: float64 inside, one rounding at the end."""
-    scales: dict[str, tuple[LayerScale, int]] = {
-        writer: (scale, axis) for scale in plan.layerscales for writer, axis in scale.writers
-    }
+    """Write the folded weights into the model, in place."""
+    for name, value in folded_weights(plan, lambda name: get_tensor(model, name)):
+        changes.write(model, name, value)
+
+
+def folded_weights(
+    plan: PatchPlan, find: Callable[[str], Tensor | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """`(name, new value)` of each tensor that `plan` changes and `find` has, in its own dtype.
+
+    Scales are absorbed first, then writers are centred, in float64 with one rounding at the end.
+    """
+    scales = {writer: (s.parameter, axis) for s in plan.layerscales for writer, axis in s.writers}
     folds: dict[str, list[Fold]] = {name: [] for name in scales}
     for fold in plan.folds:
         folds.setdefault(fold.parameter, []).append(fold)
     for name, chain in folds.items():
-        value = get_tensor(model, name).detach().double()
+        names = (name, *(alias for fold in chain[:1] for alias in fold.aliases))
+        found = next(((n, t) for n in names if (t := find(n)) is not None), None)
+        if found is None:
+            continue
+        tensor = found[1]
+        value = tensor.detach().double()
         if name in scales:
-            scale, axis = scales[name]
-            value = scale_tensor(value, get_tensor(model, scale.parameter), axis)
+            vector, axis = scales[name]
+            scale = find(vector)
+            if scale is None:
+                raise PatchError(f"{vector} is needed to fold {name}, and is not there")
+            value = scale_tensor(value, scale, axis)
         for fold in chain:
             value = fold_tensor(value, fold)
-        changes.write(model, name, value)
-    for scale in plan.layerscales:
-        changes.write(model, scale.parameter, torch.ones(()))
+        yield found[0], value.to(tensor.dtype)
+    for layerscale in plan.layerscales:
+        if (vector_now := find(layerscale.parameter)) is not None:
+            yield layerscale.parameter, torch.ones_like(vector_now)
 
 
 def swap_norms(model: nn.Module, plan: PatchPlan, sites: list[Site], changes: Changes) -> None:

@@ -104,7 +104,7 @@ def _patch_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _load(path: str, arguments: argparse.Namespace) -> nn.Module:
+def _load(path: str, arguments: argparse.Namespace) -> Any:
     """A checkpoint, or with `--random-weights` a model built from its config alone."""
     import transformers
 
@@ -118,7 +118,7 @@ def _load(path: str, arguments: argparse.Namespace) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust)
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     torch.manual_seed(0)
-    model = cls(config) if cls else transformers.AutoModel.from_config(config)
+    model: nn.Module = cls(config) if cls else transformers.AutoModel.from_config(config)
     with torch.no_grad():  # fresh ones and zeros would make post-norm models look convertible
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

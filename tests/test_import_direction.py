@@ -21,6 +21,7 @@ LAYERS = [
     {"plan"},
     {"planning", "changes"},
     {"applying", "verification"},
+    {"transfer"},
     {"patching"},
     {"_transformers", "hub"},
     {"cli", "__main__", "__init__"},

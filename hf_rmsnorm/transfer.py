@@ -1,0 +1,142 @@
+"""Plans from a shallow twin, for models too large to probe, and folding a checkpoint by shards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from .applying import folded_weights
+from .errors import PatchError
+from .plan import PatchPlan, Site, layer_pattern
+from .probing import Center, Fold, LayerScale
+from .recipes import find_norms
+
+Item = TypeVar("Item", Site, Fold, Center, LayerScale)
+
+
+def fit_plan(plan: PatchPlan, model: nn.Module) -> PatchPlan:
+    """`plan`, made on a twin of `model` with fewer layers, written out for all layers of `model`.
+
+    The twin has the same config but for its depth, and must cover every type of layer the model
+    has. What the probe finds depends on the structure, not on the weights, so random ones will do
+    (norm weights and biases too). `model` may be on the meta device: only its names are read.
+
+    Raises:
+        PatchError: the twin's layers disagree among themselves, or the names do not fit.
+
+    Example:
+        >>> twin = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))  # doctest: +SKIP
+        >>> plan = fit_plan(plan_patch(twin, inputs=inputs), model)  # doctest: +SKIP
+    """
+    modules = dict(model.named_modules())
+    tensors = [
+        *dict(model.named_parameters(remove_duplicate=False)),
+        *dict(model.named_buffers(remove_duplicate=False)),
+    ]
+    depth = _depth(site.name for site in plan.sites)
+    sites = _spread(plan.sites, lambda site: site.name, modules, depth)
+    missing = [name for name in find_norms(model) if name not in {site.name for site in sites}]
+    if missing:
+        raise PatchError(
+            f"{missing[0]} is a norm site of the model that the plan does not know: plan on a twin "
+            "that has every type of layer"
+        )
+    return replace(
+        plan,
+        sites=sites,
+        layerscales=_spread(plan.layerscales, lambda scale: scale.parameter, tensors, depth),
+        folds=_spread(plan.folds, lambda fold: fold.parameter, tensors, depth),
+        centers=_spread(plan.centers, lambda center: center.module, modules, depth),
+    )
+
+
+def fold_shard(
+    shard: Mapping[str, Tensor],
+    plan: PatchPlan,
+    read: Callable[[str], Tensor | None] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint shard that `plan` changes, changed.
+
+    Args:
+        shard: name -> tensor, named as in the model's state dict.
+        plan: of the whole model.
+        read: finds a tensor of another shard by name; wanted only for LayerScale, whose vector may
+            lie elsewhere than the weight it scales.
+
+    Raises:
+        PatchError: a LayerScale vector that neither the shard nor `read` has.
+    """
+
+    def find(name: str) -> Tensor | None:
+        return shard[name] if name in shard else read(name) if read else None
+
+    return {name: value for name, value in folded_weights(plan, find) if name in shard}
+
+
+def _indices(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part.isdigit())
+
+
+def _fill(pattern: str, indices: tuple[str, ...]) -> str:
+    rest = iter(indices)
+    return ".".join(next(rest) if part == "*" else part for part in pattern.split("."))
+
+
+def _stem(pattern: str) -> str:
+    """The pattern up to its last layer number: what must exist in every layer alike."""
+    return pattern[: pattern.rindex("*") + 1] if "*" in pattern else ""
+
+
+def _depth(names: Iterable[str]) -> dict[str, set[tuple[str, ...]]]:
+    """Which layers the twin has, by stem."""
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for name in names:
+        found.setdefault(_stem(layer_pattern(name)), set()).add(_indices(name))
+    return found
+
+
+def _rename(item: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(item, Site):
+        return replace(item, name=change(item.name), leftover=None)
+    if isinstance(item, Center):
+        serves = tuple(dict.fromkeys(layer_pattern(name) for name in item.serves))
+        return replace(item, module=change(item.module), serves=serves)
+    if isinstance(item, LayerScale):
+        writers = tuple((change(name), axis) for name, axis in item.writers)
+        return LayerScale(change(item.parameter), writers)
+    aliases = tuple(change(name) for name in item.aliases)
+    return replace(item, parameter=change(item.parameter), aliases=aliases)
+
+
+def _spread(
+    items: Iterable[Item],
+    name_of: Callable[[Item], str],
+    targets: Iterable[str],
+    depth: Mapping[str, set[tuple[str, ...]]],
+) -> tuple[Item, ...]:
+    """Each item for every layer of the target, in the order of the twin's patterns."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(layer_pattern(name_of(item)), []).append(item)
+    by_pattern: dict[str, list[str]] = {}
+    for name in targets:
+        by_pattern.setdefault(layer_pattern(name), []).append(name)
+    spread: list[Item] = []
+    for pattern, group in groups.items():
+        alike = list(dict.fromkeys(_rename(item, layer_pattern) for item in group))
+        seen = {_indices(name_of(item)) for item in group}
+        if len(group) != len(alike) * len(seen) or seen < depth.get(_stem(pattern), seen):
+            raise PatchError(
+                f"the layers of the twin disagree about {pattern}, so the plan does not carry over "
+                "to another depth: plan on the model itself"
+            )
+        if pattern not in by_pattern:
+            raise PatchError(f"the plan names {pattern}, which the model does not have")
+        for name in by_pattern[pattern]:
+            fill = functools.partial(_fill, indices=_indices(name))
+            spread += [_rename(item, fill) for item in alike]
+    return tuple(spread)
