@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hf_rmsnorm import ops
-from hf_rmsnorm.ops import reference
-from hf_rmsnorm.ops.reference import Formula
+from . import ops
+from .ops import reference
+from .ops.reference import Formula
 
 Casting = Literal["gemma", "llama"]
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from types import ModuleType
 
 from torch import Tensor
 
-from hf_rmsnorm.ops import reference
+from . import reference
 
 
 def backend_for(x: Tensor) -> ModuleType:
-    """The backend for x's device; `reference` where nothing faster is available."""
+    """The backend for x's device; `reference` where there is nothing faster, or nothing to do."""
+    return _for_device_type(x.device.type) if x.numel() else reference
+
+
+@functools.cache
+def _for_device_type(device_type: str) -> ModuleType:
+    if device_type in ("cuda", "xpu") and importlib.util.find_spec("triton"):
+        from . import triton_backend
+
+        return triton_backend
     return reference
