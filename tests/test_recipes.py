@@ -315,7 +315,16 @@ def test_rms_norm_of_torch(eps: float | None, affine: bool) -> None:
     )
 
 
-def test_one_weight_per_head(classes: dict[str, type[nn.Module]]) -> None:
+def test_a_weight_of_two_axes_is_per_head_or_for_both(classes: dict[str, type[nn.Module]]) -> None:
+    class BothNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, self.weight.shape, self.weight, eps=1e-5)
+
+    assert readable(BothNorm()).normalized_shape == (3, 8)
     for name in ("CohereLayerNorm", "ChameleonLayerNorm"):
         assert readable(classes[name]((3, 8))).normalized_shape == (8,)
 
@@ -563,7 +572,7 @@ def test_modules_on_the_meta_device_and_in_half_precision(
 
 
 def test_reading_changes_neither_the_module_nor_the_random_state() -> None:
-    class CountingNorm(nn.LayerNorm):
+    class CountingNorm(nn.RMSNorm):
         calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
@@ -577,7 +586,7 @@ def test_reading_changes_neither_the_module_nor_the_random_state() -> None:
     module.register_forward_hook(lambda *args: hooked.append(args))
     before, state = copy.deepcopy(vars(module)), torch.get_rng_state()
     weight = module.weight
-    assert readable(module).kind == "layernorm"
+    assert readable(module).kind == "rmsnorm"
     assert torch.equal(torch.get_rng_state(), state)
     assert module.weight is weight and torch.equal(weight, before["_parameters"]["weight"])
     assert vars(module).keys() == before.keys() and not hooked and module.calls == 0
