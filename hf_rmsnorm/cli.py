@@ -50,7 +50,7 @@ def patch(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
         raise PatchError(f"{out} exists and is not empty: choose another, or pass --overwrite")
-    model = patch_model(_load(arguments.model, arguments), **_patch_arguments(arguments))
+    model: Any = patch_model(_load(arguments.model, arguments), **_patch_arguments(arguments))
     report = patch_report(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
