@@ -43,6 +43,7 @@ class RMSNorm(nn.LayerNorm):
     casting: Literal["gemma", "llama"] = "gemma"
     channels_first: bool = False
     autocast_float32: bool = True
+    returns_weight_dtype: bool = False
 
     is_hf_rmsnorm = True
     # A user's kernel mapping for nn.LayerNorm must not reach this subclass.
@@ -94,8 +95,10 @@ class RMSNorm(nn.LayerNorm):
             x = x.flatten(-dims)
             weight = None if weight is None else weight.flatten()
             bias = None if bias is None else bias.flatten()
-        if weight is not None and weight.dim() > 1:
-            return self._per_head(x, weight, bias)
+        if weight is not None and (
+            weight.dim() > 1 or (self.returns_weight_dtype and weight.dtype != x.dtype)
+        ):
+            return self._in_steps(x, weight, bias)
         y = functional.rms_norm(
             x,
             weight,
@@ -107,18 +110,28 @@ class RMSNorm(nn.LayerNorm):
         )
         return y.view(shape) if dims > 1 else y
 
-    def _per_head(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A weight of shape `(heads, hidden)`: the statistic is per head, so is the weight."""
+    def _in_steps(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """For weights of shape `(heads, hidden)`, and classes that return the weight's dtype."""
+        dtype = weight.dtype if self.returns_weight_dtype else x.dtype
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         y = functional.rms_norm(wide, eps=self.eps, p=self.p)
-        y = y * (weight + self.weight_offset).to(y.dtype)
-        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+        if self.casting == "llama":
+            y = y.to(dtype)
+            y = (weight + self.weight_offset if self.weight_offset else weight) * y
+            return y if bias is None else y + bias
+        y = y * (weight.to(y.dtype) + self.weight_offset)
+        return (y if bias is None else y + bias.to(y.dtype)).to(dtype)
+
+    def _statistic(self) -> str:
+        if not self.normalized_shape:
+            return ""
+        size = functional.statistic_size(math.prod(self.normalized_shape), self.p)
+        return f" (first {size} features)"
 
     def extra_repr(self) -> str:
         parts = [f"{tuple(self.normalized_shape)}", f"eps={self.eps}"]
         if self.p != 1.0:
-            hidden = math.prod(self.normalized_shape)
-            parts.append(f"p={self.p} (first {functional.statistic_size(hidden, self.p)} features)")
+            parts.append(f"p={self.p}{self._statistic()}")
         if self.elementwise_affine:
             parts.append(f"bias={self.bias is not None}")
         else:

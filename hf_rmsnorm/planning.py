@@ -163,8 +163,12 @@ def judge(
 
 def partial_statistic(spec: NormSpec, p: float) -> str:
     """How many features the statistic sees, in words; empty where it sees all."""
+    if p == 1:
+        return ""
+    if not spec.normalized_shape:  # a norm without weights does not state its width
+        return f"statistic from {p:.4g} of the features"
     hidden = math.prod(spec.normalized_shape)
-    return f"statistic from {statistic_size(hidden, p)} of {hidden} features" if p < 1 else ""
+    return f"statistic from {statistic_size(hidden, p)} of {hidden} features"
 
 
 def with_probe(site: Site, result: ProbeResult, plan: PatchPlan) -> Site:

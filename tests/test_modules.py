@@ -74,6 +74,17 @@ def test_a_weight_per_head(dtype: torch.dtype) -> None:
     assert norm(x).dtype == dtype
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16])
+def test_classes_that_return_the_weights_dtype(x_dtype: torch.dtype) -> None:
+    """T5's cast order: half weights pull a float32 stream down to half."""
+    norm = randomised(RMSNorm(12, bias=False)).half()
+    norm.casting, norm.returns_weight_dtype = "llama", True
+    x = torch.randn(5, 12).to(x_dtype)
+    hat = (x.float() * (x.float().square().mean(-1, keepdim=True) + norm.eps).rsqrt()).half()
+    assert norm(x).dtype == torch.float16
+    torch.testing.assert_close(norm(x), norm.weight * hat)
+
+
 @pytest.mark.parametrize("arguments", [{"p": 0.0}, {"p": -0.1}, {"p": 1.5}, {"p": float("nan")}])
 def test_p_must_be_a_share(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="p"):
