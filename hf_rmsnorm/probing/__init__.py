@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -94,7 +95,7 @@ def _probe(bench: Bench) -> ProbeResult:
         folds: Sequence[Fold], confirmed: Callable[[Sequence[Center]], bool]
     ) -> list[Center]:
         with bench.replaced(folded(bench.leaves(), folds)):
-            means, _ = bench.means()
+            means = bench.means()
             pending = {name for name, mean in means.items() if mean >= bench.tolerance.mean}
             return choose_centers(bench, pending, confirmed)
 
@@ -118,29 +119,29 @@ def _conclude(
 ) -> ProbeResult:
     """Measure the means that are left, and say why."""
     with bench.replaced(folded(bench.leaves(), folds)), centered(bench, centers):
-        leftover, order = bench.means()
-        change, moved = bench.changes()
+        with bench.measuring() as leftover:
+            change, moved = bench.changes()
         exact = {n for n, mean in leftover.items() if mean < bench.tolerance.mean}
         if change > bench.tolerance.moved:  # shifts moved nothing, but centring did
             why = f"centring moved the outputs by {change:.1g} of their size"
             return ProbeResult({}, dict.fromkeys(bench.norms, why), leftover)
-        reasons = explain(bench, [n for n in bench.norms if n not in exact], order)
+        reasons = explain(bench, [n for n in bench.norms if n not in exact], leftover)
     via = {name: center for center in centers for name in center.serves}
     return ProbeResult(
         exact={
             name: f"one mean subtraction at {via[name]}"
             if name in via
             else "every writer of its stream is centred"
-            for name in order
+            for name in leftover
             if name in exact
         },
         kept=reasons,
-        leftover=leftover,
+        leftover={name: mean for name, mean in leftover.items() if math.isfinite(mean)},
         folds=tuple(folds),
         centers=tuple(centers),
         layerscales=tuple(scales),
         assumed=assumed,
-        uncalled=tuple(name for name in bench.norms if name not in order),
+        uncalled=tuple(name for name in bench.norms if name not in leftover),
         moved=tuple(moved),
         dtype=str(bench.dtype).removeprefix("torch."),
     )

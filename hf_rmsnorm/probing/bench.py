@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,7 +75,8 @@ class Bench:
     """A private copy of the model in eval mode, its LayerNorms computed by `reference_norm`.
 
     `watchers` see every LayerNorm's name and input during a run. `before` holds the outputs of the
-    model as given, `(held, internal)` per input; `widths` each norm's numbers of features.
+    model as given, `(held, internal)` per input; `widths` each norm's numbers of features;
+    `frozen` are parameters that share memory without being one tensor: changing one changes both.
     """
 
     model: nn.Module
@@ -83,6 +86,7 @@ class Bench:
     device: torch.device
     watchers: list[Watcher] = field(default_factory=list)
     before: list[tuple[Outputs, Outputs]] = field(default_factory=list)
+    frozen: frozenset[str] = frozenset()
     widths: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     @property
@@ -95,7 +99,7 @@ class Bench:
         return sorted(set().union(*self.widths.values()))
 
     def leaves(self) -> dict[str, Tensor]:
-        """Every float tensor a checkpoint stores, once, except batch statistics."""
+        """Every float tensor a checkpoint stores, once, except batch statistics and `frozen`."""
         found = dict(self.model.named_parameters())
         seen = {id(tensor) for tensor in found.values()}
         for path, module in self.model.named_modules():
@@ -104,7 +108,7 @@ class Bench:
                 if name not in hidden and id(buffer) not in seen:
                     found[f"{path}.{name}" if path else name] = buffer
                     seen.add(id(buffer))
-        return {name: tensor for name, tensor in found.items() if is_float(tensor)}
+        return {n: x for n, x in found.items() if is_float(x) and n not in self.frozen}
 
     def run(self, which: int | None = None) -> list[tuple[Outputs, Outputs]]:
         """`(held, internal)` outputs on every input, or on one of them."""
@@ -153,26 +157,36 @@ class Bench:
         finally:
             self.assign(saved)
 
-    @torch.no_grad()
-    def means(self) -> tuple[dict[str, float], list[str]]:
-        r"""Largest $|\bar x| / \mathrm{rms}(x)$ over the rows of each norm's input; call order.
-
-        A norm whose input is zero everywhere has no mean.
-        """
+    @contextmanager
+    def measuring(self) -> Iterator[dict[str, float]]:
+        r"""Collects the largest $|\bar x| / \mathrm{rms}(x)$ of a row of each norm's inputs, in the
+        order of the calls. Where all of an input is zero there is no saying: inf."""
         worst: dict[str, float] = {}
-        order: dict[str, None] = {}
 
         def watch(name: str, x: Tensor) -> None:
-            order[name] = None
+            x = x.detach()
             axis = norm_axis(self.norms[name], x)
             mean, rms = x.mean(axis), x.square().mean(axis).sqrt()
-            if (top := rms.max().item()) > 0:
-                ratio = (mean.abs() / rms.clamp(min=1e-6 * top)).max().item()
-                worst[name] = max(worst.get(name, 0.0), ratio)
+            top = rms.max().item()
+            ratio = (mean.abs() / rms.clamp(min=1e-6 * top)).max().item() if top else math.inf
+            worst[name] = max(worst.get(name, 0.0), ratio)
 
         with self.watching(watch):
+            yield worst
+
+    @torch.no_grad()
+    def means(self) -> dict[str, float]:
+        with self.measuring() as worst:
             self.run()
-        return worst, list(order)
+        return worst
+
+
+def _overlapping(model: nn.Module) -> frozenset[str]:
+    owners: dict[int, set[str]] = defaultdict(set)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel():
+            owners[tensor.untyped_storage().data_ptr()].add(name)
+    return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
 
 
 def _bench(
@@ -183,9 +197,8 @@ def _bench(
 ) -> Bench:
     twin = plain_copy(model, dtype).requires_grad_(False)
     device = model_place(twin)[1]
-    bench = Bench(
-        twin, dict(norms), [cast_inputs(dict(i), dtype, device) for i in inputs], dtype, device
-    )
+    cast = [cast_inputs(dict(kwargs), dtype, device) for kwargs in inputs]
+    bench = Bench(twin, dict(norms), cast, dtype, device, frozen=_overlapping(model))
 
     def forward(name: str, module: nn.Module, spec: NormSpec, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))

@@ -91,12 +91,12 @@ def unseen_folds(bench: Bench, dead: Iterable[str]) -> list[Fold]:
         return [*used(group[:middle]), *used(group[middle:])]
 
     found = used(names)
-    means = bench.means()[0] if found else {}
+    means = bench.means() if found else {}
     proposed = []
     for name in found:
         fold = Fold(name, leaves[name].ndim - 1, leaves[name].shape[-1])
         with bench.replaced(shifted(leaves, [fold], 3.0)):
-            after = bench.means()[0]
+            after = bench.means()
         if any(abs(after[n] - means.get(n, 0.0)) > bench.tolerance.mean for n in after):
             proposed.append(fold)
     return proposed

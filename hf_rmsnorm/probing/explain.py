@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,10 +109,11 @@ class _Trace:
         return list(found)
 
 
-def explain(bench: Bench, names: Sequence[str], called: Sequence[str]) -> dict[str, str]:
-    """One line for each of the norms `names`, none of which is exact."""
+def explain(bench: Bench, names: Sequence[str], means: Mapping[str, float]) -> dict[str, str]:
+    """One line for each of the norms `names`, none of which is exact; `means` of those called."""
     reasons = dict.fromkeys(names, "the probe inputs never reach it")
-    names = [name for name in names if name in called]
+    reasons.update({n: "its input is zero on the probe inputs" for n in names if n in means})
+    names = [name for name in names if math.isfinite(means.get(name, math.inf))]
     if not names:
         return reasons
     leaves = bench.leaves()

@@ -22,6 +22,15 @@ INTERNAL_OUTPUTS = (
     "_outputs",
 )
 
+# Settings of a Transformers config that leave out shortcuts and extras.
+_PLAIN: dict[str, Any] = {
+    "_attn_implementation": "eager",
+    "_experts_implementation": "eager",
+    "use_cache": False,
+    "output_hidden_states": False,
+    "output_attentions": False,
+}
+
 Outputs = dict[str, Tensor]
 
 
@@ -100,18 +109,18 @@ def run_outputs(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> list[T
 def plain_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in eval mode and `dtype`, with plain attention and experts and without a cache: fused
     ones exist for some dtypes only. Where a model has no such settings it is copied as it is."""
-    twin = copy.deepcopy(model).eval().to(dtype)
+    # Plain tensors are cast on their way, which saves a second copy of the model.
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point():
+            value = tensor.detach().to(dtype, copy=True)
+            memo[id(tensor)] = nn.Parameter(value) if type(tensor) is nn.Parameter else value
+    twin = copy.deepcopy(model, memo).eval().to(dtype)
     for module in twin.modules():
         config = getattr(module, "config", None)
-        for key, value in (
-            ("_attn_implementation", "eager"),
-            ("_experts_implementation", "eager"),
-            ("use_cache", False),
-            ("output_hidden_states", False),
-            ("output_attentions", False),
-        ):
+        for key, setting in _PLAIN.items():
             if getattr(config, key, None) is not None:
-                setattr(config, key, value)
+                setattr(config, key, setting)
     return twin
 
 

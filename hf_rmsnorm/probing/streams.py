@@ -159,7 +159,9 @@ def admissible(
             continue
         if record.ratios and max(record.ratios) < tol.symmetry and record.mean > tol.mean:
             later = sum(last_call.get(name, -1) > record.order for name in pending)
-            good.setdefault(record.root, (port, later))
+            first, _ = good.setdefault(record.root, (port, later))
+            if first.side == "input" and first.module == port.module:
+                good[record.root] = port, later  # what it returns: the same, and easier to hook
     return list(good.values())
 
 
@@ -178,7 +180,7 @@ def choose_centers(
             if later <= max(len(serves), 1) or port in refused:
                 continue
             with centered(bench, [*chosen, port]):
-                means, _ = bench.means()
+                means = bench.means()
             fixed = {name for name in pending if means.get(name, 1.0) < bench.tolerance.mean}
             if len(fixed) > max(len(serves), 1):
                 best, serves = port, fixed
