@@ -196,7 +196,8 @@ def _pack(
         desc=f"tokenising {Path(str(source)).name}",
     )
     chunks = tokenized.data.column("input_ids").chunks
-    tokens = np.concatenate([np.zeros(0, np.int32), *(c.flatten().to_numpy() for c in chunks)])
+    parts = (chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks)
+    tokens = np.concatenate([np.zeros(0, np.int32), *parts])
     if len(tokens) < block_size:
         raise ScriptError(
             f"{source} has {len(tokens)} tokens, fewer than one block of {block_size}; "

@@ -58,11 +58,14 @@ def load_tokenizer(args: ModelArguments) -> Any:
     """The tokenizer of `--tokenizer_name`, or else of the model."""
     name = args.tokenizer_name or args.model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             name, use_fast=not args.use_slow_tokenizer, trust_remote_code=args.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ScriptError(f"no tokenizer in {name}: {_first_line(error)}") from error
+    if tokenizer.vocab_size == 0:  # what transformers makes of a folder with a config alone
+        raise ScriptError(f"no tokenizer in {name}: no vocabulary; see --tokenizer_name")
+    return tokenizer
 
 
 def load_config(args: ModelArguments, tokenizer: Any) -> Any:

@@ -15,22 +15,22 @@ from transformers import PreTrainedTokenizerFast
 SCRIPTS = Path(__file__).parents[1]
 FOLDER = Path("runs/quickstart")
 END_OF_TEXT = "<|endoftext|>"
-VOCABULARY = 2048
+VOCABULARY = 1024
 
 MODEL = (
     "n_layer=4,n_embd=256,n_head=4,n_positions=128,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0"
 )
 PRETRAINING = f"""
     --config_name gpt2 --config_overrides {MODEL}
-    --max_train_steps 240 --learning_rate 2e-3 --lr_scheduler_type cosine --num_warmup_steps 20
-    --weight_decay 0.1 --per_device_train_batch_size 8 --eval_steps 80 --overwrite_output_dir
+    --max_train_steps 480 --learning_rate 1e-3 --lr_scheduler_type cosine --num_warmup_steps 20
+    --weight_decay 0.1 --per_device_train_batch_size 4 --eval_steps 160 --overwrite_output_dir
 """
 COMPARISON = """
     --arms layernorm rmsnorm rmsnorm:direct prmsnorm:0.0625
     --seeds 0 1
-    --max_train_steps 40 --learning_rate 3e-4 --num_warmup_steps 4
-    --weight_decay 0.1 --per_device_train_batch_size 8 --eval_steps 10
-    --throughput_rounds 7 --throughput_steps 3
+    --max_train_steps 80 --learning_rate 3e-4 --num_warmup_steps 8
+    --weight_decay 0.1 --per_device_train_batch_size 4 --eval_steps 20
+    --throughput_rounds 9 --throughput_steps 4
 """
 
 
@@ -57,13 +57,13 @@ def main() -> None:
     )
 
 
-def train_tokenizer(text: Path, folder: Path) -> None:
+def train_tokenizer(text: Path, folder: Path, vocabulary: int = VOCABULARY) -> None:
     """A byte-level BPE tokenizer, learned from `text`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
