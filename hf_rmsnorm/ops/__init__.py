@@ -22,4 +22,8 @@ def _for_device_type(device_type: str) -> ModuleType:
         from . import triton_backend
 
         return triton_backend
+    if device_type == "cpu":
+        from . import cpu_backend, cpu_build
+
+        return cpu_backend if cpu_build.library() else reference
     return reference
