@@ -23,7 +23,6 @@ Exit status 2 means that something in the request was wrong; the message says wh
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import sys
@@ -228,7 +227,7 @@ def train_one(
         "patch": patch,
         "seconds": time.perf_counter() - start,
     }
-    release(accelerator)
+    accelerator.free_memory()
     return outcome
 
 
@@ -265,16 +264,10 @@ def time_all(
         rounds=compare.throughput_rounds,
         steps=compare.throughput_steps,
     )
-    release(accelerator)
+    accelerator.free_memory()
     if accelerator.is_main_process:
         results.write_json(path, {"settings": wanted, "throughput": timed})
     return timed
-
-
-def release(accelerator: Accelerator) -> None:
-    """Lets go of the models of the run that ended."""
-    accelerator.free_memory()
-    gc.collect()
 
 
 def show(outcome: dict[str, Any], folder: Path) -> None:
