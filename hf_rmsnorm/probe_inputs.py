@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import PatchError
 
+_VOCABULARIES = ("vocab_size", "src_vocab_size", "tgt_vocab_size", "input_vocab_size", "n_tokens")
 SHAPES = ((2, 8), (1, 5))  # (batch, tokens) of the two inputs
 _FRAMES = 2
 
@@ -55,18 +56,22 @@ class _Maker:
         return self.ordinary_ids()[ids % len(self.ordinary_ids())]
 
     def ordinary_ids(self) -> Tensor:
-        size = self.read("vocab_size", "n_tokens", "vocabulary_size")
-        embeddings = getattr(self.model, "get_input_embeddings", lambda: None)
+        sizes = [
+            value
+            for config in _configs(self.config)
+            for name, value in vars(config).items()
+            if name in _VOCABULARIES and isinstance(value, int)
+        ]
         with suppress(AttributeError, NotImplementedError):
-            size = size or embeddings().num_embeddings  # type: ignore[union-attr]
-        if not isinstance(size, int):
+            sizes.append(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        if not sizes:
             raise PatchError(_message(self.model, "its vocabulary's size is not in its config"))
         special = set()
         for config in _configs(self.config):
             for name, value in vars(config).items():
                 if name.endswith(("_token_id", "_token_index", "_token")):
                     special.update(value if isinstance(value, list) else [value])
-        ids = [i for i in range(min(size, 4096)) if i not in special]
+        ids = [i for i in range(min([*sizes, 4096])) if i not in special]
         return torch.tensor(ids[min(3, len(ids) - 1) :])
 
     def mask(self) -> Tensor:
@@ -94,9 +99,22 @@ class _Maker:
 
     def pixel_values(self) -> Tensor:
         channels = self.read("num_channels", "in_channels", "in_chans", default=3)
-        shape = (channels, *self.image_size())
-        frames = self.frames()
-        return self.floats(self.batch, *([frames] if frames else []), *shape)
+        if self.grid():  # patches in a row, from every image
+            size, _ = self.pair(self.read("patch_size"))
+            depth = self.read("temporal_patch_size", default=1)
+            rows = self.batch * self.grid()[1] * self.grid()[2]
+            return self.floats(rows, channels * depth * size * size)
+        several = self.frames() or ("pixel_attention_mask" in self.parameters)
+        return self.floats(
+            self.batch, *([int(several)] if several else []), channels, *self.image_size()
+        )
+
+    def grid(self) -> tuple[int, ...]:
+        """Frames, rows and columns of patches per image, for models that take images as patches."""
+        if "image_grid_thw" not in self.parameters:
+            return ()
+        side = 2 * self.read("spatial_merge_size", default=1)
+        return (1, side, side + self.read("spatial_merge_size", default=1))
 
     def pixel_values_videos(self) -> Tensor:
         channels = self.read("num_channels", "in_channels", "in_chans", default=3)
@@ -128,9 +146,10 @@ class _Maker:
 
     def image_tokens(self) -> int:
         """How many of the text's tokens stand for the image."""
-        if (count := self.read("image_seq_length", "mm_tokens_per_image")) is not None:
-            return count
-        return self.patches()
+        if self.grid():
+            return math.prod(self.grid()) // self.read("spatial_merge_size", default=1) ** 2
+        known = ("image_seq_length", "mm_tokens_per_image", "num_query_tokens")
+        return self.read(*known) or self.patches() // self.read("scale_factor", default=1) ** 2
 
     def make(self) -> dict[str, Any]:
         takes = self.parameters.keys()
@@ -154,6 +173,8 @@ class _Maker:
         for name, make in makers.items():
             if name in takes and (name == main or name == "pixel_values"):
                 found[name] = make()
+        if "pixel_values" in found and self.grid():
+            found["image_grid_thw"] = torch.tensor([self.grid()] * self.batch)
         if "bbox" in takes:
             found["bbox"] = self.bbox()
         masked = self.parameters.get("bool_masked_pos")
@@ -181,6 +202,8 @@ class _Maker:
                 [torch.ones_like(image), found["attention_mask"]], dim=1
             )
         found.pop("token_type_ids", None)
+        if "mm_token_type_ids" in self.parameters:
+            found["mm_token_type_ids"] = (found["input_ids"] == token).long()
 
 
 def _configs(config: Any) -> Iterator[Any]:

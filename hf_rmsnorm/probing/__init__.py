@@ -20,7 +20,7 @@ from .facts import Center, Fold, LayerScale, ProbeResult, fold_tensor, scale_ten
 from .outputs import plain_copy, relative_change, rounding_gap, run_outputs
 from .scales import absorbed, find_scales
 from .streams import centered, choose_centers
-from .symmetry import survey
+from .symmetry import NotDifferentiable, survey
 
 __all__ = [
     "Center",
@@ -60,7 +60,10 @@ def probe(
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would not call the norms' forward
     try:
-        result = _probe(make_bench(model, targets, inputs))
+        bench = make_bench(model, targets, inputs)
+        result = _probe(bench)
+    except NotDifferentiable as error:
+        return ProbeResult({}, {**kept, **dict.fromkeys(targets, str(error))}, bench.means())
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     aliases: dict[int, list[str]] = defaultdict(list)

@@ -165,6 +165,8 @@ class Bench:
 
         def watch(name: str, x: Tensor) -> None:
             x = x.detach()
+            if not x.numel():
+                return
             axis = norm_axis(self.norms[name], x)
             mean, rms = x.mean(axis), x.square().mean(axis).sqrt()
             top = rms.max().item()

@@ -40,7 +40,7 @@ _TRANSPARENT = (
 
 
 def _mean_ratio(x: Tensor, axis: int) -> float:
-    rms = x.square().mean().sqrt().item()
+    rms = x.square().mean().sqrt().item() if x.numel() else 0.0
     return x.mean(axis).abs().max().item() / rms if rms else 0.0
 
 

@@ -123,7 +123,7 @@ def admissible(
 
     def edit(port: Center, x: Tensor) -> Tensor:
         now = next(clock)
-        if not is_float(x) or x.ndim < 2 or x.shape[-1] not in sizes:
+        if not is_float(x) or x.ndim < 2 or x.shape[-1] not in sizes or not x.numel():
             return x
         alias = (x if x.requires_grad else x.detach().requires_grad_()).clone()
         roots[id(alias)] = root = roots.get(id(x), id(x))

@@ -56,7 +56,7 @@ def cotangent(tensors: Iterable[Tensor], generator: torch.Generator) -> Tensor |
     r"""$\sum_k \langle r_k, x_k / \mathrm{rms}(x_k) \rangle$, random $r_k$, over finite entries."""
     terms = []
     for x in tensors:
-        if x.requires_grad:
+        if x.requires_grad and x.numel():
             finite = torch.where(x.isfinite(), x, 0.0)
             unit = finite.detach().square().mean().sqrt().clamp(min=1e-300)
             r = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
@@ -104,6 +104,10 @@ def _reduced(leaves: Mapping[str, Tensor], sizes: list[int], sink: Sketches) -> 
             handle.remove()
 
 
+class NotDifferentiable(Exception):
+    """A model's own code refuses gradients."""
+
+
 def survey(bench: Bench) -> Survey:
     """The gradient test on every leaf, axis, block and norm size at once.
 
@@ -117,6 +121,8 @@ def survey(bench: Bench) -> Survey:
     means: list[Tensor] = []
 
     def watch(name: str, x: Tensor) -> None:
+        if not x.numel():
+            return
         rms = x.detach().square().mean().sqrt().clamp(min=1e-300)
         means.append(x.mean(norm_axis(bench.norms[name], x)) / rms)
 
@@ -126,19 +132,21 @@ def survey(bench: Bench) -> Survey:
         with torch.enable_grad(), bench.watching(watch):
             loss = cotangent([x for held, _ in bench.run() for x in held.values()], generator)
             need = cotangent(means, generator)
+        passing = []
         if loss is not None:
             with _reduced(leaves, bench.sizes, of_outputs):
                 loss.backward(retain_graph=True)
-        passing = [
-            (name, axis, size, inner, sketch.ratios(size, inner) < tol)
-            for (name, axis), sketch in of_outputs.items()
-            for size, inner in block_views(len(sketch.norms), bench.sizes)
-        ]
-        passing = [view for view in passing if view[-1].any()]
+        for (name, axis), sketch in of_outputs.items():
+            for size, inner in block_views(len(sketch.norms), bench.sizes):
+                if (passes := sketch.ratios(size, inner) < tol).any():
+                    passing.append((name, axis, size, inner, passes))
         wanted = {view[0]: leaves[view[0]] for view in passing}
         if need is not None and wanted:
             with _reduced(wanted, bench.sizes, of_means):
                 need.backward(inputs=list(wanted.values()))
+    except Exception as error:  # a model's own code may raise anything
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise NotDifferentiable(f"its model cannot be differentiated in eval ({what})") from error
     finally:
         for leaf in leaves.values():
             leaf.grad = None

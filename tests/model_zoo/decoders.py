@@ -1,0 +1,251 @@
+"""Decoders."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .sizes import BERT, GPT2, NO_PAD, UNTIED, Builders, D, F, H, L, P, V, model
+
+
+def _llama_with_layernorm() -> nn.Module:
+    llama = model("LlamaForCausalLM", "LlamaConfig", **BERT)()
+    for path, module in list(llama.named_modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(llama.get_submodule(path), name, nn.LayerNorm(D, eps=1e-6))
+    return llama
+
+
+DECODERS: Builders = {
+    "gpt2": model("GPT2LMHeadModel", "GPT2Config", **GPT2),
+    "gpt2-untied": model("GPT2LMHeadModel", "GPT2Config", **GPT2, **UNTIED),
+    "openai-gpt": model("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", **GPT2),
+    "gpt-neo": model(
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        vocab_size=V,
+        max_position_embeddings=P,
+        hidden_size=D,
+        num_layers=4,
+        num_heads=H,
+        intermediate_size=F,
+        attention_types=[[["global", "local"], 2]],
+        window_size=5,
+    ),
+    "gptj": model("GPTJForCausalLM", "GPTJConfig", **GPT2, rotary_dim=4),
+    "gpt-neox": model("GPTNeoXForCausalLM", "GPTNeoXConfig", **BERT),
+    "gpt-neox-seq": model(
+        "GPTNeoXForCausalLM", "GPTNeoXConfig", **BERT, use_parallel_residual=False
+    ),
+    "gpt-neox-japanese": model(
+        "GPTNeoXJapaneseForCausalLM",
+        "GPTNeoXJapaneseConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        max_position_embeddings=P,
+    ),
+    "opt": model(
+        "OPTForCausalLM",
+        "OPTConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        ffn_dim=F,
+        max_position_embeddings=P,
+        word_embed_proj_dim=D,
+    ),
+    "opt-350m": model(
+        "OPTForCausalLM",
+        "OPTConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        ffn_dim=F,
+        max_position_embeddings=P,
+        word_embed_proj_dim=18,
+        do_layer_norm_before=False,
+    ),
+    "opt-pre-proj": model(
+        "OPTForCausalLM",
+        "OPTConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        ffn_dim=F,
+        max_position_embeddings=P,
+        word_embed_proj_dim=18,
+    ),
+    "bloom": model(
+        "BloomForCausalLM", "BloomConfig", vocab_size=V, hidden_size=D, n_layer=L, n_head=H
+    ),
+    "bloom-post": model(
+        "BloomForCausalLM",
+        "BloomConfig",
+        vocab_size=V,
+        hidden_size=D,
+        n_layer=L,
+        n_head=H,
+        apply_residual_connection_post_layernorm=True,
+    ),
+    "falcon-7b": model(
+        "FalconForCausalLM",
+        "FalconConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        alibi=False,
+    ),
+    "falcon-40b": model(
+        "FalconForCausalLM",
+        "FalconConfig",
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=L,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        bias=False,
+        alibi=False,
+    ),
+    "falcon-rw": model(
+        "FalconForCausalLM",
+        "FalconConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        multi_query=False,
+        parallel_attn=False,
+        bias=True,
+        alibi=True,
+    ),
+    "mpt": model(
+        "MptForCausalLM",
+        "MptConfig",
+        vocab_size=V,
+        d_model=32,
+        n_layers=L,
+        n_heads=4,
+        max_seq_len=P,
+        expansion_ratio=2,
+    ),
+    "phi": model("PhiForCausalLM", "PhiConfig", **BERT, **NO_PAD),
+    "phi-qk": model("PhiForCausalLM", "PhiConfig", **BERT, **NO_PAD, qk_layernorm=True),
+    "stablelm": model("StableLmForCausalLM", "StableLmConfig", **BERT, num_key_value_heads=H),
+    "stablelm-qk": model(
+        "StableLmForCausalLM", "StableLmConfig", **BERT, num_key_value_heads=H, qk_layernorm=True
+    ),
+    "starcoder2": model("Starcoder2ForCausalLM", "Starcoder2Config", **BERT, num_key_value_heads=1),
+    "gpt-bigcode": model("GPTBigCodeForCausalLM", "GPTBigCodeConfig", **GPT2),
+    "codegen": model(
+        "CodeGenForCausalLM", "CodeGenConfig", **{**GPT2, "n_embd": 32, "n_head": 4}, rotary_dim=4
+    ),
+    "cohere": model("CohereForCausalLM", "CohereConfig", **BERT, num_key_value_heads=1),
+    "cohere-qk": model(
+        "CohereForCausalLM", "CohereConfig", **BERT, num_key_value_heads=1, use_qk_norm=True
+    ),
+    "cohere2": model("Cohere2ForCausalLM", "Cohere2Config", **BERT, num_key_value_heads=1),
+    "olmo": model("OlmoForCausalLM", "OlmoConfig", **BERT),
+    "nemotron": model("NemotronForCausalLM", "NemotronConfig", **BERT, num_key_value_heads=1),
+    "persimmon": model("PersimmonForCausalLM", "PersimmonConfig", **BERT),
+    "dbrx": model(
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        vocab_size=V,
+        d_model=D,
+        n_heads=H,
+        n_layers=2,
+        max_seq_len=P,
+        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": F, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": D},
+    ),
+    "phimoe": model(
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        **BERT,
+        num_key_value_heads=1,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),
+    "xglm": model(
+        "XGLMForCausalLM",
+        "XGLMConfig",
+        vocab_size=V,
+        max_position_embeddings=P,
+        d_model=D,
+        ffn_dim=F,
+        num_layers=L,
+        attention_heads=H,
+    ),
+    "biogpt": model("BioGptForCausalLM", "BioGptConfig", **BERT),
+    "ctrl": model("CTRLLMHeadModel", "CTRLConfig", **GPT2, dff=F),
+    "rwkv": model(
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        intermediate_size=F,
+        context_length=P,
+    ),
+    "modernbert-decoder": model(
+        "ModernBertDecoderForCausalLM",
+        "ModernBertDecoderConfig",
+        **BERT,
+        pad_token_id=1,
+        local_attention=4,
+    ),
+    "musicgen-decoder": model(
+        "MusicgenForCausalLM",
+        "MusicgenDecoderConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=H,
+        ffn_dim=F,
+        max_position_embeddings=P,
+        num_codebooks=2,
+        pad_token_id=V,
+    ),
+    "bark-semantic": model(
+        "BarkSemanticModel",
+        "BarkSemanticConfig",
+        input_vocab_size=V,
+        output_vocab_size=V + 6,
+        hidden_size=D,
+        num_layers=2,
+        num_heads=H,
+        block_size=P,
+    ),
+    "trocr-decoder": model(
+        "TrOCRForCausalLM",
+        "TrOCRConfig",
+        vocab_size=V,
+        d_model=D,
+        decoder_layers=2,
+        decoder_attention_heads=H,
+        decoder_ffn_dim=F,
+        max_position_embeddings=P,
+    ),
+    "decision-transformer": model(
+        "DecisionTransformerModel",
+        "DecisionTransformerConfig",
+        state_dim=5,
+        act_dim=4,
+        hidden_size=D,
+        max_ep_len=50,
+        n_positions=P,
+        n_layer=2,
+        n_head=H,
+    ),
+    "llama-with-layernorm": _llama_with_layernorm,
+}

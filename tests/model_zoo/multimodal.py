@@ -1,0 +1,161 @@
+"""Models of text with images, and the text halves of such."""
+
+from __future__ import annotations
+
+from .sizes import BERT, VIT, Builders, D, F, H, P, V, model
+
+CLIP = {
+    "text_config": {**BERT, "projection_dim": 18},
+    "vision_config": {**VIT, "hidden_size": 30, "projection_dim": 18},
+    "projection_dim": 18,
+}
+
+MULTIMODAL: Builders = {
+    "clip-text": model("CLIPTextModel", "CLIPTextConfig", **BERT, projection_dim=18),
+    "clip": model(
+        "CLIPModel",
+        "CLIPConfig",
+        text_config={**BERT, "projection_dim": 18},
+        vision_config={**VIT, "hidden_size": 30, "projection_dim": 18},
+        projection_dim=18,
+    ),
+    "siglip": model(
+        "SiglipModel",
+        "SiglipConfig",
+        text_config={**BERT, "projection_size": 30},
+        vision_config={**VIT, "hidden_size": 30},
+    ),
+    "vilt": model(
+        "ViltForImagesAndTextClassification",
+        "ViltConfig",
+        **{**BERT, **VIT},
+        num_labels=5,
+        num_images=1,
+        modality_type_vocab_size=2,
+    ),
+    "llava-neox": model(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        text_config={"model_type": "gpt_neox", **BERT},
+        vision_config={"model_type": "clip_vision_model", **VIT, "hidden_size": 30},
+        image_token_index=90,
+        image_seq_length=25,
+    ),
+    "blip": model(
+        "BlipForConditionalGeneration",
+        "BlipConfig",
+        text_config={**BERT, "encoder_hidden_size": 30},
+        vision_config={**VIT, "hidden_size": 30},
+    ),
+    "altclip": model(
+        "AltCLIPModel",
+        "AltCLIPConfig",
+        text_config={**BERT, "project_dim": 18},
+        vision_config={**VIT, "hidden_size": 30},
+        projection_dim=18,
+    ),
+    "blip2": model(
+        "Blip2ForConditionalGeneration",
+        "Blip2Config",
+        vision_config={**VIT, "hidden_size": 30},
+        qformer_config={**BERT, "encoder_hidden_size": 30, "cross_attention_frequency": 2},
+        text_config={
+            "model_type": "opt",
+            "vocab_size": V,
+            "hidden_size": D,
+            "num_hidden_layers": 2,
+            "num_attention_heads": H,
+            "ffn_dim": F,
+            "max_position_embeddings": P,
+            "word_embed_proj_dim": D,
+        },
+        num_query_tokens=5,
+        image_token_index=90,
+    ),
+    "flava": model(
+        "FlavaModel",
+        "FlavaConfig",
+        text_config=BERT,
+        image_config={**VIT},
+        multimodal_config={
+            "hidden_size": D,
+            "num_hidden_layers": 2,
+            "num_attention_heads": H,
+            "intermediate_size": F,
+        },
+        projection_dim=18,
+    ),
+    "git": model("GitForCausalLM", "GitConfig", **BERT, vision_config={**VIT, "hidden_size": 30}),
+    "groupvit": model(
+        "GroupViTModel",
+        "GroupViTConfig",
+        text_config=BERT,
+        vision_config={
+            **VIT,
+            "depths": [1, 1],
+            "num_group_tokens": [5, 0],
+            "num_output_groups": [5, 3],
+        },
+        projection_dim=18,
+        projection_intermediate_dim=28,
+    ),
+    "idefics3": model(
+        "Idefics3ForConditionalGeneration",
+        "Idefics3Config",
+        text_config={"model_type": "llama", **BERT},
+        vision_config={**VIT, "hidden_size": 30},
+        scale_factor=1,
+        image_token_id=90,
+    ),
+    "owlvit": model("OwlViTModel", "OwlViTConfig", **CLIP),
+    "paligemma": model(
+        "PaliGemmaForConditionalGeneration",
+        "PaliGemmaConfig",
+        text_config={"model_type": "gemma", **BERT, "head_dim": 8, "num_key_value_heads": 1},
+        vision_config={"model_type": "siglip_vision_model", **VIT, "hidden_size": 30},
+        image_token_index=90,
+        projection_dim=D,
+    ),
+    "qwen2-vl": model(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        text_config={
+            **BERT,
+            "num_key_value_heads": 1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [1, 1, 2],
+                "rope_theta": 1e4,
+            },
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": D,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+        },
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    ),
+    "x-clip": model(
+        "XCLIPModel",
+        "XCLIPConfig",
+        text_config={**BERT},
+        vision_config={
+            **VIT,
+            "hidden_size": 30,
+            "num_frames": 2,
+            "mit_hidden_size": 30,
+            "mit_intermediate_size": F,
+            "mit_num_hidden_layers": 1,
+            "mit_num_attention_heads": 3,
+        },
+        projection_dim=30,
+        prompt_layers=1,
+        prompt_num_attention_heads=3,
+    ),
+}
