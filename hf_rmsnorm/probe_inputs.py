@@ -7,6 +7,7 @@ it cannot make, the user passes as `inputs=`.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -56,12 +57,8 @@ class _Maker:
         return self.ordinary_ids()[ids % len(self.ordinary_ids())]
 
     def ordinary_ids(self) -> Tensor:
-        sizes = [
-            value
-            for config in _configs(self.config)
-            for name, value in vars(config).items()
-            if name in _VOCABULARIES and isinstance(value, int)
-        ]
+        known = itertools.product(_configs(self.config), _VOCABULARIES)
+        sizes = [n for c, name in known if isinstance(n := getattr(c, name, None), int)]
         with suppress(AttributeError, NotImplementedError):
             sizes.append(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         if not sizes:
