@@ -166,6 +166,8 @@ def check(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, v: Varia
     for name, a, b, c in zip(names_of(inputs), got, eager, truth, strict=True):
         assert a.is_contiguous(), name
         assert_as_close_as(a, b, c, name=name, terms=terms[name], unit=backend.unit(dtype))
+    if residual is not None and backend.unit(dtype) is None:
+        assert torch.equal(got[1], eager[1]), "x + residual is one rounding, the same everywhere"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -180,6 +182,31 @@ def test_narrow(backend: Backend, shape: tuple, dtype: torch.dtype, variant: str
 @pytest.mark.parametrize("shape", WIDE, ids=str)
 def test_wide(backend: Backend, shape: tuple, dtype: torch.dtype, variant: str) -> None:
     check(backend, shape, dtype, VARIANTS[variant])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_roundings_are_where_the_casting_puts_them(backend: Backend, dtype: torch.dtype) -> None:
+    """A missing rounding only makes results more accurate; so compare bits, not errors."""
+    if backend.unit(dtype) is not None:
+        pytest.skip("the interpreter does not round to bfloat16, it cuts")
+    x = torch.randn(31, 96, device=backend.device).to(dtype)
+    weight = torch.randn(96, device=backend.device).to(dtype)
+    settings = {"eps": 1e-5, "k": 96, "offset": 0.0}
+    expected = {c: eager_norm(x, weight, None, casting=c, **settings) for c in ("gemma", "llama")}
+    assert (expected["gemma"] == expected["llama"]).double().mean() < 0.9
+    for casting, y in expected.items():
+        got = functional.rms_norm(x, weight, casting=casting)
+        assert (got == y).double().mean() > 0.995, casting
+    # the same in dweight, with a cotangent that picks single rows
+    leaf = weight.clone().requires_grad_()
+    dy = torch.zeros_like(x)
+    dy[7] = 1.0
+    functional.rms_norm(x, leaf, casting="llama").backward(dy)
+    xhat = eager_norm(x, None, None, casting="gemma", **settings)[7]
+    assert (leaf.grad == xhat).double().mean() > 0.98
+    wide = weight.float().requires_grad_()
+    functional.rms_norm(x, wide, casting="llama").backward(dy.float())
+    assert (wide.grad == xhat.float()).double().mean() > 0.98
 
 
 @st.composite

@@ -19,6 +19,14 @@ from hf_rmsnorm.ops import cpu_backend, cpu_build, reference
 has_compiler = pytest.mark.skipif(cpu_build.library() is None, reason="no C compiler here")
 
 
+@has_compiler
+def test_a_nan_of_any_payload_stays_nan_in_bfloat16() -> None:
+    """Rounding by adding to the bits would carry 0x7fffffff over into minus zero."""
+    weight = torch.full((40,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y = functional.rms_norm(torch.randn(3, 40).bfloat16(), weight)
+    assert y.dtype == torch.bfloat16 and y.isnan().all()
+
+
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_RMSNORM_CACHE", str(tmp_path / "cache"))
