@@ -1,7 +1,8 @@
-"""Doing what a plan says: scale, fold, swap, centre."""
+"""Doing what a plan says: absorb, scale, fold, widen, swap, centre."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +14,18 @@ from .errors import PatchError
 from .modules import CenteredEmbedding, PartialRMSNorm, RMSNorm, subtract_mean
 from .plan import PatchPlan, Site
 from .probing import Center, Fold, fold_tensor, scale_tensor
+from .probing.facts import shift_term, with_unit
+from .probing.postnorm import width_attributes
 
 
 def fold_weights(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
-    """Write the folded weights into the model, in place."""
+    """Write the folded weights into the model: in place, but for the few that get longer."""
+    for widen in plan.widens:
+        for name, axis in widen.grown.items():
+            changes.extend(model, name, axis)
+        for name, attribute in width_attributes(model, widen):
+            module, change = changes.open(model, name)
+            set_attribute(module, change, attribute, getattr(module, attribute) + 1)
     for name, value in folded_weights(plan, lambda name: get_tensor(model, name)):
         changes.write(model, name, value)
 
@@ -26,12 +35,24 @@ def folded_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """`(name, new value)` of each tensor that `plan` changes and `find` has, in its own dtype.
 
-    Scales are absorbed first, then writers are centred, in float64 with one rounding at the end.
+    Biases' means are absorbed first, then scales, then writers are centred, then blocks get their
+    extra unit (for which `find` has made room): in float64, with one rounding at the end.
     """
+    absorbs = {name: absorb for absorb in plan.absorbs for name in absorb.names}
     scales = {writer: (s.parameter, axis) for s in plan.layerscales for writer, axis in s.writers}
-    folds: dict[str, list[Fold]] = {name: [] for name in scales}
+    widens = {name: widen for widen in plan.widens if widen.norm for name in widen.names}
+    folds: dict[str, list[Fold]] = {name: [] for name in (*absorbs, *scales)}
     for fold in plan.folds:
         folds.setdefault(fold.parameter, []).append(fold)
+    for name in widens:
+        folds.setdefault(name, [])
+
+    def need(name: str, wanted: str) -> Tensor:
+        found = find(wanted)
+        if found is None:
+            raise PatchError(f"{wanted} is needed to fold {name}, and is not there")
+        return found
+
     for name, chain in folds.items():
         names = (name, *(alias for fold in chain[:1] for alias in fold.aliases))
         found = next(((n, t) for n in names if (t := find(n)) is not None), None)
@@ -39,14 +60,17 @@ def folded_weights(
             continue
         tensor = found[1]
         value = tensor.detach().double()
+        from_shard = functools.partial(need, name)
+        if name in absorbs:
+            mean = from_shard(absorbs[name].bias).detach().double().mean()
+            value = value + shift_term(absorbs[name], name, from_shard, -mean)
         if name in scales:
             vector, axis = scales[name]
-            scale = find(vector)
-            if scale is None:
-                raise PatchError(f"{vector} is needed to fold {name}, and is not there")
-            value = scale_tensor(value, scale, axis)
+            value = scale_tensor(value, from_shard(vector), axis)
         for fold in chain:
             value = fold_tensor(value, fold)
+        if name in widens:
+            value = with_unit(widens[name], name, value, from_shard)
         yield found[0], value.to(tensor.dtype)
     for layerscale in plan.layerscales:
         if (vector_now := find(layerscale.parameter)) is not None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .probing.facts import extended
+
 
 class _Absent(enum.Enum):
     """Stands for an attribute that was not there; an enum so that it survives pickling."""
@@ -28,6 +30,7 @@ class ModuleChange:
     original_class: type
     attributes: dict[str, Any] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)  # empty slots that were added
+    grown: dict[str, int] = field(default_factory=dict)  # parameter -> axis it is longer along
     hooks: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -55,6 +58,15 @@ class Changes:
             tensor.copy_(value)
         self.written[name] = _fingerprint(tensor)
 
+    def extend(self, model: nn.Module, name: str, axis: int) -> None:
+        """Make a parameter one longer along `axis`, with zeros: a new `nn.Parameter`."""
+        owner, _, attribute = name.rpartition(".")
+        module, change = self.open(model, owner)
+        old = module._parameters[attribute]
+        assert old is not None
+        change.grown[attribute] = axis
+        module._parameters[attribute] = nn.Parameter(extended(old, axis), old.requires_grad)
+
     def touched_since(self, model: nn.Module) -> list[str]:
         """Names of overwritten tensors that no longer hold what was written."""
         return [
@@ -62,6 +74,9 @@ class Changes:
         ]
 
     def undo(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for name, original in self.tensors.items():
+                get_tensor(model, name).copy_(original)
         for change in reversed(self.modules):
             module = model.get_submodule(change.name)
             module.__class__ = change.original_class
@@ -74,9 +89,11 @@ class Changes:
                 module._parameters.pop(name, None)
             for hook in change.hooks:
                 hook.remove()
-        with torch.no_grad():
-            for name, original in self.tensors.items():
-                get_tensor(model, name).copy_(original)
+            for name, axis in change.grown.items():
+                long = module._parameters[name]
+                assert long is not None
+                short = long.detach().narrow(axis, 0, long.shape[axis] - 1).clone()
+                module._parameters[name] = nn.Parameter(short, long.requires_grad)
         self.modules.clear()
         self.tensors.clear()
         self.written.clear()

@@ -21,7 +21,7 @@ from torch import nn
 from . import ops
 from .errors import PatchError, VerificationError
 from .patching import patch_model, patch_report
-from .planning import NORMS, STRATEGIES, plan_patch, resolve_inputs
+from .planning import NORMS, POST_NORMS, STRATEGIES, plan_patch, resolve_inputs
 from .probing import relative_change, run_outputs
 
 PLAN_FILE = "hf_rmsnorm_plan.json"
@@ -100,7 +100,7 @@ def env(arguments: argparse.Namespace) -> int:
 
 
 def _patch_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("norm", "p", "strategy", "include", "exclude")
+    names = ("norm", "p", "strategy", "post_norm", "include", "exclude")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -155,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
         "--p", type=float, help="share of the features in pRMSNorm's statistic (default: 0.0625)"
     )
     patching.add_argument("--strategy", choices=STRATEGIES, default="auto", help="default: auto")
+    patching.add_argument(
+        "--post-norm",
+        choices=POST_NORMS,
+        help="make norms after feed-forward blocks exact by one more hidden unit in each block",
+    )
     patching.add_argument("--include", nargs="+", metavar="GLOB", help="only these norm sites")
     patching.add_argument("--exclude", nargs="+", metavar="GLOB", help="not these norm sites")
 

@@ -58,6 +58,7 @@ def patch_model(
     *,
     p: float | None = None,
     strategy: str = "auto",
+    post_norm: str | None = None,
     inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -76,6 +77,12 @@ def patch_model(
         strategy: `"auto"` does exactly what can be exact, the rest approximately, with a warning.
             `"exact"` leaves that rest alone. `"direct"` is the paper's drop-in: every LayerNorm
             becomes RMSNorm and no weight is touched.
+        post_norm: `"extra_neuron"` gives each feed-forward block between two norms (BERT, BART)
+            one more hidden unit, which makes the norm after it exact: it computes the mean of the
+            block's input, and subtracts it from the sum. The weights' shapes change (intermediate
+            size + 1, not padded for tensor cores), so patch before building an optimizer. Only for
+            plain blocks with GELU, ReLU or what else is the identity on [8, 24]; norms after
+            attention stay approximate; in low precision the outputs' error grows somewhat.
         inputs: keyword arguments for the model's forward, one dict or several, to probe it with;
             made from the config for Transformers models. `"direct"` needs none.
         include: glob patterns over module names; only these sites are patched.
@@ -110,7 +117,14 @@ def patch_model(
         )
         return model
     plan = plan_patch(
-        target, norm, p=p, strategy=strategy, inputs=inputs, include=include, exclude=exclude
+        target,
+        norm,
+        p=p,
+        strategy=strategy,
+        post_norm=post_norm,
+        inputs=inputs,
+        include=include,
+        exclude=exclude,
     )
     measured = None
     if verify and plan.precision:

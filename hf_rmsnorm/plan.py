@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .errors import PatchError
 from .probing import Center, Fold, LayerScale
+from .probing.facts import Absorb, Widen
 from .recipes import NormSpec
 
 FORMAT_VERSION = 1
@@ -51,7 +52,8 @@ class PatchPlan:
         p: share of the features in the statistic; 1.0 for RMSNorm.
         strategy: `"auto"`, `"exact"` or `"direct"`.
         sites: every norm site of the model, in module order.
-        layerscales, folds, centers: what makes the means zero, in this order.
+        absorbs, layerscales, folds, widens, centers: what makes the means zero or small, in this
+            order.
         assumed: parameters that the probe inputs never reached, folded like their siblings.
         moved: outputs beside the main ones (hidden states, outputs of sub-models) that the folds
             change: they lose their mean over the features.
@@ -62,8 +64,10 @@ class PatchPlan:
     p: float
     strategy: str
     sites: tuple[Site, ...]
+    absorbs: tuple[Absorb, ...] = ()
     layerscales: tuple[LayerScale, ...] = ()
     folds: tuple[Fold, ...] = ()
+    widens: tuple[Widen, ...] = ()
     centers: tuple[Center, ...] = ()
     assumed: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
@@ -87,6 +91,12 @@ class PatchPlan:
         if self.folds:
             folded = dict.fromkeys(layer_pattern(fold.parameter) for fold in self.folds)
             lines.append("centred over the features: " + ", ".join(folded))
+        if self.absorbs:
+            biases = dict.fromkeys(layer_pattern(absorb.bias) for absorb in self.absorbs)
+            lines.append("mean moved from a norm's bias into its readers': " + ", ".join(biases))
+        if self.widens:
+            blocks = dict.fromkeys(layer_pattern(widen.up) for widen in self.widens)
+            lines.append("one more hidden unit (intermediate size + 1): " + ", ".join(blocks))
         for center in self.centers:
             lines.append(f"one mean subtraction at {center}, for {len(center.serves)} norms")
         if self.assumed:
@@ -115,11 +125,15 @@ class PatchPlan:
             sites = [
                 Site(**{**site, "spec": spec_from_dict(site["spec"])}) for site in data["sites"]
             ]
-            scales = [LayerScale(**_tuples(scale)) for scale in data["layerscales"]]
-            folds = [Fold(**_tuples(fold)) for fold in data["folds"]]
-            centers = [Center(**_tuples(center)) for center in data["centers"]]
-            parts = {"sites": sites, "layerscales": scales, "folds": folds, "centers": centers}
-            return cls(**_tuples({**data, **parts}))
+            kinds: dict[str, type] = {
+                "absorbs": Absorb,
+                "layerscales": LayerScale,
+                "folds": Fold,
+                "widens": Widen,
+                "centers": Center,
+            }
+            parts = {k: [kind(**_tuples(row)) for row in data[k]] for k, kind in kinds.items()}
+            return cls(**_tuples({**data, "sites": sites, **parts}))
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise PatchError(f"not a patch plan: {error!r}") from None
 

@@ -16,10 +16,12 @@ from .functional import statistic_size
 from .plan import PatchPlan, Site, site_table
 from .probe_inputs import make_inputs
 from .probing import ProbeResult, probe
+from .probing.postnorm import improve
 from .recipes import NormSpec, Unreadable, find_norms
 
 NORMS = ("rmsnorm", "prmsnorm")
 STRATEGIES = ("auto", "exact", "direct")
+POST_NORMS = ("extra_neuron",)
 DEFAULT_P = 0.0625  # the paper's
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
@@ -31,6 +33,7 @@ def plan_patch(
     *,
     p: float | None = None,
     strategy: str = "auto",
+    post_norm: str | None = None,
     inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -47,6 +50,7 @@ def plan_patch(
         '1 norm sites -> rmsnorm, strategy direct: 0 exact, 1 approximate, 0 kept'
     """
     share = check_arguments(model, norm, p, strategy)
+    check_post_norm(post_norm, strategy)
     found = find_norms(model)
     chosen = select(found, include, exclude)
     sites = [
@@ -61,12 +65,18 @@ def plan_patch(
     plan = PatchPlan(norm, share, strategy, tuple(sites))
     if targets and strategy != "direct":
         require_plain_weights(model)
-        result = probe(model, targets, resolve_inputs(model, inputs))
+        kwargs = resolve_inputs(model, inputs)
+        result = probe(model, targets, kwargs)
+        absorb, widen = strategy == "auto", post_norm == "extra_neuron"
+        if result.kept.keys() & result.leftover.keys() and (absorb or widen):
+            result = improve(model, targets, kwargs, result, absorb=absorb, widen=widen)
         plan = replace(
             plan,
             sites=tuple(with_probe(s, result, plan) if s.name in targets else s for s in sites),
+            absorbs=result.absorbs,
             layerscales=result.layerscales,
             folds=result.folds,
+            widens=result.widens,
             centers=result.centers,
             assumed=result.assumed,
             moved=result.moved,
@@ -104,6 +114,21 @@ def check_arguments(model: object, norm: str, p: float | None, strategy: str) ->
                 "then wrap it"
             )
     return float(share)
+
+
+def check_post_norm(post_norm: str | None, strategy: str) -> None:
+    if post_norm is None:
+        return
+    if post_norm not in POST_NORMS:
+        raise PatchError(
+            f"post_norm must be None or one of {', '.join(map(repr, POST_NORMS))}; "
+            f"got {post_norm!r}"
+        )
+    if strategy == "direct":
+        raise PatchError(
+            f'post_norm={post_norm!r} changes weights, which strategy="direct" never does: use '
+            '"auto" or "exact"'
+        )
 
 
 def clean_name(name: str) -> str:

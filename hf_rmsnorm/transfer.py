@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,9 +14,11 @@ from .applying import folded_weights
 from .errors import PatchError
 from .plan import PatchPlan, Site, layer_pattern
 from .probing import Center, Fold, LayerScale
+from .probing.facts import Absorb, Widen, extended
 from .recipes import find_norms
 
 Item = TypeVar("Item", Site, Fold, Center, LayerScale)
+Tie = TypeVar("Tie", Absorb, Widen)
 
 
 def fit_plan(plan: PatchPlan, model: nn.Module) -> PatchPlan:
@@ -23,7 +26,8 @@ def fit_plan(plan: PatchPlan, model: nn.Module) -> PatchPlan:
 
     The twin has the same config but for its depth, and must cover every type of layer the model
     has. What the probe finds depends on the structure, not on the weights, so random ones will do
-    (norm weights and biases too). `model` may be on the meta device: only its names are read.
+    (norm weights and biases too); only which biases' means are worth absorbing is measured on the
+    weights. `model` may be on the meta device: only its names are read.
 
     Raises:
         PatchError: the twin's layers disagree among themselves, or the names do not fit.
@@ -48,6 +52,8 @@ def fit_plan(plan: PatchPlan, model: nn.Module) -> PatchPlan:
     return replace(
         plan,
         sites=sites,
+        absorbs=_repeat(plan.absorbs, tensors, optional=True),
+        widens=_repeat(plan.widens, modules),
         layerscales=_spread(plan.layerscales, lambda scale: scale.parameter, tensors, depth),
         folds=_spread(plan.folds, lambda fold: fold.parameter, tensors, depth),
         centers=_spread(plan.centers, lambda center: center.module, modules, depth),
@@ -64,15 +70,17 @@ def fold_shard(
     Args:
         shard: name -> tensor, named as in the model's state dict.
         plan: of the whole model.
-        read: finds a tensor of another shard by name; wanted only for LayerScale, whose vector may
-            lie elsewhere than the weight it scales.
+        read: finds a tensor of another shard by name; wanted where a change depends on other
+            tensors: LayerScale's vector, a norm's weight and bias, the weights that read it.
 
     Raises:
-        PatchError: a LayerScale vector that neither the shard nor `read` has.
+        PatchError: such a tensor, and neither the shard nor `read` has it.
     """
+    grown = {name: axis for widen in plan.widens for name, axis in widen.grown.items()}
 
     def find(name: str) -> Tensor | None:
-        return shard[name] if name in shard else read(name) if read else None
+        tensor = shard[name] if name in shard else read(name) if read else None
+        return tensor if tensor is None or name not in grown else extended(tensor, grown[name])
 
     return {name: value for name, value in folded_weights(plan, find) if name in shard}
 
@@ -101,7 +109,13 @@ def _depth(names: Iterable[str]) -> dict[str, set[tuple[str, ...]]]:
 
 def _rename(item: Any, change: Callable[[str], str]) -> Any:
     if isinstance(item, Site):
-        return replace(item, name=change(item.name), leftover=None)
+        return replace(item, name=change(item.name), reason=_general(item), leftover=None)
+    if isinstance(item, Absorb):
+        readers = tuple((change(w), axis, change(bias)) for w, axis, bias in item.readers)
+        return Absorb(change(item.bias), readers)
+    if isinstance(item, Widen):
+        norm, up, down = map(change, (item.norm, item.up, item.down))
+        return replace(item, norm=norm, up=up, down=down)
     if isinstance(item, Center):
         serves = tuple(dict.fromkeys(layer_pattern(name) for name in item.serves))
         return replace(item, module=change(item.module), serves=serves)
@@ -110,6 +124,74 @@ def _rename(item: Any, change: Callable[[str], str]) -> Any:
         return LayerScale(change(item.parameter), writers)
     aliases = tuple(change(name) for name in item.aliases)
     return replace(item, parameter=change(item.parameter), aliases=aliases)
+
+
+def _general(site: Site) -> str:
+    """The reason without the names and numbers of one layer."""
+    if site.verdict == "exact":
+        return site.reason
+    return " ".join(map(layer_pattern, re.split("[,:]", site.reason)[0].split()))
+
+
+def _repeat(
+    items: Iterable[Tie], targets: Iterable[str], optional: bool = False
+) -> tuple[Tie, ...]:
+    """Items that tie several layers together, in every layer of the target; `optional` ones only
+    where all the names they give exist."""
+    known = set(targets)
+    by_pattern: dict[str, list[str]] = {}
+    for name in known:
+        by_pattern.setdefault(layer_pattern(name), []).append(name)
+    templates: dict[str, set[Tie]] = {}
+    for item in items:
+        base = item.bias if isinstance(item, Absorb) else item.up
+        relative = _rename(item, functools.partial(_relative, base=base))
+        templates.setdefault(layer_pattern(base), set()).add(relative)
+    found: list[Tie] = []
+    for pattern, alike in templates.items():
+        if len(alike) > 1:
+            raise PatchError(
+                f"the layers of the twin disagree about {pattern}, so the plan does not carry over "
+                "to another depth: plan on the model itself"
+            )
+        for target in sorted(by_pattern.get(pattern, ())):
+            filled, missing = _in_layer(next(iter(alike)), _indices(target), known)
+            if not missing:
+                found.append(filled)
+            elif not optional:
+                raise PatchError(f"the plan names {missing[0]}, which the model does not have")
+    return tuple(found)
+
+
+def _in_layer(template: Tie, indices: tuple[str, ...], known: set[str]) -> tuple[Tie, list[str]]:
+    """The template for the layer with these numbers, and the names it gives that do not exist."""
+    missing: list[str] = []
+
+    def fill(name: str) -> str:
+        rest = iter(indices)
+        filled = ".".join(
+            str(int(next(rest)) + int(part[1:])) if part.startswith("*") else part
+            for part in name.split(".")
+        )
+        if filled not in known:
+            missing.append(filled)
+        return filled
+
+    return _rename(template, fill), missing
+
+
+def _relative(name: str, base: str) -> str:
+    """Layer numbers as `*+1`, counted from those of `base`, which has its own in that stack."""
+    stack = _stem(layer_pattern(base))
+    if not stack:
+        return name
+    if _stem(layer_pattern(name)) != stack:
+        raise PatchError(
+            f"the plan ties {base} to {name}, outside its layers, so it does not carry over to "
+            "another depth: plan on the model itself"
+        )
+    offsets = iter(int(j) - int(i) for i, j in zip(_indices(base), _indices(name), strict=True))
+    return ".".join(f"*{next(offsets):+d}" if p.isdigit() else p for p in name.split("."))
 
 
 def _spread(

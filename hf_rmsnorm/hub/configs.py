@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import PatchError
 from ..plan import FORMAT_VERSION, PatchPlan, Site, layer_pattern, spec_from_dict
 from ..probing import Center
+from ..probing.facts import Widen
 
 MODEL_TYPE = "hf_rmsnorm"
 RECORD = "hf_rmsnorm"
@@ -71,7 +72,7 @@ def register() -> None:
 def check_record(record: object) -> dict[str, Any]:
     if (
         not isinstance(record, dict)
-        or not {"version", "norm", "p", "sites", "centers"} <= record.keys()
+        or not {"version", "norm", "p", "sites", "centers", "widens"} <= record.keys()
     ):
         raise PatchError(
             f"the config has model type {MODEL_TYPE!r} but no usable {RECORD!r} record: it was not "
@@ -153,12 +154,17 @@ def _below(plan: PatchPlan, prefix: str) -> PatchPlan:
         for center in plan.centers
         if center.module.startswith(start)
     )
-    return replace(plan, sites=tuple(sites), centers=tuple(centers))
+    widens = (
+        replace(widen, up=widen.up.removeprefix(start), down=widen.down.removeprefix(start))
+        for widen in plan.widens
+        if widen.up.startswith(start) and widen.down.startswith(start)
+    )
+    return replace(plan, sites=tuple(sites), centers=tuple(centers), widens=tuple(widens))
 
 
 def to_record(model: Any, plan: PatchPlan) -> dict[str, Any]:
     """What a reader of the checkpoint has to do again, as JSON-able data: the weights are folded
-    already, the swaps and centres are not in them.
+    already, the swaps and centres are not in them, and the config has the blocks' stock width.
 
     Names hold for every head on the same base model: relative to the base model where `"base"` is
     true, to the model otherwise. Layer numbers become `*` where all layers agree.
@@ -181,6 +187,11 @@ def to_record(model: Any, plan: PatchPlan) -> dict[str, Any]:
     centers = [{**asdict(c), "serves": (), **relative(c.module)} for c in plan.centers]
     for center in centers:
         del center["module"]
+    widens = [
+        {**asdict(w), "down": relative(w.down)["name"], **relative(w.up)} for w in plan.widens
+    ]
+    for widen in widens:
+        del widen["up"], widen["norm"]
     return {
         "version": FORMAT_VERSION,
         "norm": plan.norm,
@@ -188,6 +199,7 @@ def to_record(model: Any, plan: PatchPlan) -> dict[str, Any]:
         "strategy": plan.strategy,
         "sites": sites,
         "centers": centers,
+        "widens": widens,
     }
 
 
@@ -217,4 +229,11 @@ def from_record(model: Any, record: dict[str, Any]) -> PatchPlan:
     centers = tuple(
         Center(module=name, **rest(row)) for row in record["centers"] for name in names(row)
     )
-    return PatchPlan(record["norm"], record["p"], record["strategy"], sites, centers=centers)
+    widens = tuple(
+        Widen("", name, down=(prefix if row["base"] else "") + row["down"], **rest(row, "down"))
+        for row in record["widens"]
+        for name in names(row)
+    )
+    return PatchPlan(
+        record["norm"], record["p"], record["strategy"], sites, centers=centers, widens=widens
+    )

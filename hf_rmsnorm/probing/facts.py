@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,8 +83,68 @@ class Center:
 
 
 @dataclass(frozen=True)
+class Absorb:
+    r"""Give the mean of a norm's bias to the weights that read the norm.
+
+    $b \leftarrow b - \bar b$, and $c \leftarrow c + \bar b\, W 1$ for each reader $W y + c$. Where
+    else the norm's output goes, a sum that other norms read, a LayerNorm does not see the shift.
+
+    Attributes:
+        bias: the norm's.
+        readers: `(weight, axis, bias)` of each; `axis` is the weight's axis of outputs.
+    """
+
+    bias: str
+    readers: tuple[tuple[str, int, str], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that change; the one that says by how much comes last."""
+        return (*(bias for _, _, bias in self.readers), self.bias)
+
+
+@dataclass(frozen=True)
+class Widen:
+    r"""One more hidden unit in a feed-forward block: the norm after it needs no centring then.
+
+    That norm reads $y + W_2\,\phi(W_1 y + b_1) + b_2$, and $y = g \odot n + b$ comes from the norm
+    before. The unit is $\phi(s \bar y + 16)$, which GELU and ReLU leave at $s \bar y + 16$ as long
+    as $|s \bar y| \le 8$; its column $-1/s$, with $16/s$ added to $b_2$, takes $\bar y$ off each
+    feature. Since $n$ has no mean and $\lVert n \rVert \le \sqrt d$, by Cauchy-Schwarz
+    $|\bar y| \le \lVert g - \bar g \rVert / \sqrt d + |\bar b|$, which gives $s$.
+
+    Attributes:
+        norm: the norm before; empty where a checkpoint brings the unit's weights.
+        up, down: modules with a `weight` and a `bias`.
+        up_axis, down_axis: the axis of hidden units in each weight.
+    """
+
+    norm: str
+    up: str
+    up_axis: int
+    down: str
+    down_axis: int
+
+    @property
+    def grown(self) -> dict[str, int]:
+        """The tensors that get one more entry, and along which axis."""
+        return {
+            f"{self.up}.weight": self.up_axis,
+            f"{self.up}.bias": 0,
+            f"{self.down}.weight": self.down_axis,
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that change."""
+        return (*self.grown, f"{self.down}.bias")
+
+
+@dataclass(frozen=True)
 class ProbeResult:
-    """What `probe` found. Apply `layerscales`, then `folds` in order, then `centers`.
+    """What `probe` found.
+
+    Apply `absorbs`, `layerscales`, `folds` in order, `widens`, then `centers`.
 
     Attributes:
         exact: norm -> why its input mean is zero after the folds and centres.
@@ -102,6 +163,8 @@ class ProbeResult:
     folds: tuple[Fold, ...] = ()
     centers: tuple[Center, ...] = ()
     layerscales: tuple[LayerScale, ...] = ()
+    absorbs: tuple[Absorb, ...] = ()
+    widens: tuple[Widen, ...] = ()
     assumed: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
@@ -122,3 +185,45 @@ def scale_tensor(tensor: Tensor, scale: Tensor, axis: int) -> Tensor:
     shape[axis] = -1
     scaled = tensor.detach().double() * scale.detach().double().reshape(shape)
     return scaled.to(tensor.dtype)
+
+
+def shift_term(
+    absorb: Absorb, name: str, find: Callable[[str], Tensor], shift: Tensor | float
+) -> Tensor | float:
+    """What to add to the tensor `name` when the norm's bias is shifted by `shift` and its readers
+    make up for it; in float64."""
+    for weight, axis, bias in absorb.readers:
+        if bias == name:
+            w = find(weight).detach().double()
+            return -shift * w.sum([i for i in range(w.ndim) if i != axis])
+    return shift
+
+
+def extended(tensor: Tensor, axis: int, units: int = 1) -> Tensor:
+    """The tensor with zeros appended along `axis`."""
+    shape = list(tensor.shape)
+    shape[axis] = units
+    return torch.cat([tensor.detach(), tensor.new_zeros(shape)], axis)
+
+
+OFFSET = 16.0  # of the extra unit: the middle of its linear range, 8 to 24
+RANGE = 8.0
+MARGIN = 1 / 32  # of the gain's size, for rounding and for an `n` whose centring was dropped
+
+
+def with_unit(widen: Widen, name: str, value: Tensor, find: Callable[[str], Tensor]) -> Tensor:
+    """`value`, the tensor `name` in float64 and extended already, with the extra unit's weights."""
+    gain = find(f"{widen.norm}.weight").detach().double()
+    bias = find(f"{widen.norm}.bias").detach().double()
+    bound = gain.std(correction=0) + bias.mean().abs() + MARGIN * gain.square().mean().sqrt()
+    scale = RANGE / bound.clamp(min=torch.finfo(torch.float32).tiny)
+    if name not in widen.grown:
+        return value + OFFSET / scale
+    entry = {
+        f"{widen.up}.weight": scale / gain.numel(),
+        f"{widen.up}.bias": torch.full_like(scale, OFFSET),
+        f"{widen.down}.weight": -1 / scale,
+    }[name]
+    value = value.clone()
+    value.select(widen.grown[name], -1).copy_(entry)
+    return value
