@@ -98,9 +98,7 @@ def _probe(bench: Bench) -> ProbeResult:
         folds: Sequence[Fold], confirmed: Callable[[Sequence[Center]], bool]
     ) -> list[Center]:
         with bench.replaced(folded(bench.leaves(), folds)):
-            means = bench.means()
-            pending = {name for name, mean in means.items() if mean >= bench.tolerance.mean}
-            return choose_centers(bench, pending, confirmed)
+            return choose_centers(bench, confirmed)
 
     # All at once first: that nearly always holds, and then nothing needs to be told apart.
     folds = found.folds + unseen_folds(bench, found.dead)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .bench import Bench
 from .confirm import settle
 from .facts import LayerScale, scale_tensor
-from .symmetry import Survey
+from .symmetry import Survey, ratios
 
 MAX_LEVELS = 3  # between a writer's module and the module it shares with its scale
 
@@ -55,10 +55,10 @@ def find_scales(bench: Bench, found: Survey) -> list[LayerScale]:
     writers: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for (name, axis), sketch in found.sketches.items():
         for scale, vector in vectors.items():
-            size = len(sketch.norms)
+            size = len(sketch)
             if size == vector.numel() and scale != name and _close(name, scale):
-                ratio = sketch.ratios(size, weights=1 / vector.detach()).item()
-                if ratio < tol and sketch.ratios(size).item() >= tol:
+                ratio = ratios(sketch, size, weights=1 / vector.detach()).item()
+                if ratio < tol and ratios(sketch, size).item() >= tol:
                     writers[scale].append((name, axis))
     scales = [
         LayerScale(scale, tuple(pairs))

@@ -7,6 +7,7 @@ shift of the tensor that passes there, on every call; it is worth it if two norm
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,7 @@ def editing(model: nn.Module, names: Sequence[str], edit: Edit) -> Iterator[None
 class _Port:
     order: int
     root: int
+    width: int
     ratios: list[float] = field(default_factory=list)
     mean: float = 0.0
 
@@ -104,16 +106,13 @@ def centered(bench: Bench, centers: Sequence[Center], shift: float = 0.0) -> Ite
         yield
 
 
-def admissible(
-    bench: Bench, pending: set[str], chosen: Sequence[Center]
-) -> list[tuple[Center, int]]:
-    """Ports that may be centred and have a mean, in execution order, each with the number of
-    pending norms that run after it.
+def admissible(bench: Bench, chosen: Sequence[Center]) -> tuple[set[str], list[tuple[Center, int]]]:
+    """The norms whose input has a mean, and the ports that may be centred and have a mean, in
+    execution order, each with the number of these norms that run after it.
 
     Where a tensor passes several such ports only the first is listed: it reaches most readers.
     """
-    tol = bench.tolerance
-    sizes = set().union(*(bench.widths[name] for name in pending))
+    tol, sizes = bench.tolerance, bench.sizes
     generator = torch.Generator().manual_seed(5)
     ports: dict[Center, _Port] = {}
     roots: dict[int, int] = {}
@@ -128,7 +127,7 @@ def admissible(
         alias = (x if x.requires_grad else x.detach().requires_grad_()).clone()
         roots[id(alias)] = root = roots.get(id(x), id(x))
         alive.extend((x, alias))
-        record = ports.setdefault(port, _Port(now, root))
+        record = ports.setdefault(port, _Port(now, root, x.shape[-1]))
         if rms := x.detach().square().mean().sqrt().item():
             record.mean = max(record.mean, x.detach().mean(-1).abs().max().item() / rms)
 
@@ -148,35 +147,37 @@ def admissible(
         centered(bench, chosen),
         editing(bench.model, names, edit),
         bench.watching(watch),
+        bench.measuring() as means,
         torch.enable_grad(),
     ):
         loss = cotangent([x for held, _ in bench.run() for x in held.values()], generator)
-        if loss is not None:
+        pending = {name for name, mean in means.items() if tol.mean <= mean < math.inf}
+        if loss is not None and len(pending) > 1:
             loss.backward()
+    widths = set().union(*(bench.widths[name] for name in pending))
     good: dict[int, tuple[Center, int]] = {}
     for port, record in sorted(ports.items(), key=lambda item: item[1].order):
-        if port.side == "input" and port.module in bench.norms:
+        if record.width not in widths or (port.side == "input" and port.module in bench.norms):
             continue
         if record.ratios and max(record.ratios) < tol.symmetry and record.mean > tol.mean:
             later = sum(last_call.get(name, -1) > record.order for name in pending)
             first, _ = good.setdefault(record.root, (port, later))
             if first.side == "input" and first.module == port.module:
                 good[record.root] = port, later  # what it returns: the same, and easier to hook
-    return list(good.values())
+    return pending, list(good.values())
 
 
-def choose_centers(
-    bench: Bench, pending: set[str], confirmed: Callable[[Sequence[Center]], bool]
-) -> list[Center]:
+def choose_centers(bench: Bench, confirmed: Callable[[Sequence[Center]], bool]) -> list[Center]:
     """Greedily the port that makes most norms exact, until the best would serve a single one.
 
     A port serving one norm *is* a LayerNorm again.
     """
     chosen: list[Center] = []
     refused: set[Center] = set()
-    while len(pending) > 1:
+    while True:
+        pending, ports = admissible(bench, chosen)
         best, serves = None, set[str]()
-        for port, later in admissible(bench, pending, chosen):
+        for port, later in ports:
             if later <= max(len(serves), 1) or port in refused:
                 continue
             with centered(bench, [*chosen, port]):
@@ -187,10 +188,10 @@ def choose_centers(
             if serves == pending:
                 break
         if best is None:
-            break
-        if confirmed([*chosen, best]):
-            chosen.append(replace(best, serves=tuple(sorted(serves))))
-            pending = pending - serves
-        else:
+            return chosen
+        if not confirmed([*chosen, best]):
             refused.add(best)
-    return chosen
+            continue
+        chosen.append(replace(best, serves=tuple(sorted(serves))))
+        if len(pending - serves) < 2:
+            return chosen

@@ -23,25 +23,19 @@ PROBES = 4
 MAX_BLOCKS = 512
 
 
-@dataclass(frozen=True)
-class Sketch:
-    """A gradient seen along one axis: the norms of its slices, `(length,)`, and their products with
-    random vectors, `(length, PROBES)`. Enough to sum it over any blocks of the axis."""
-
-    norms: Tensor
-    probes: Tensor
-
-    def ratios(self, size: int, inner: int = 1, weights: Tensor | None = None) -> Tensor:
-        r"""$\lVert \sum_j w_j g_j \rVert / (\lVert w \rVert \lVert g \rVert)$ per `(outer, inner)`
-        block; inf where the block has no gradient."""
-        w = torch.ones(size) if weights is None else weights.flatten().to(self.probes)
-        probes = self.probes.reshape(-1, size, inner, PROBES)
-        total = torch.einsum("osip,s->oip", probes, w.to(probes)).norm(dim=-1) / math.sqrt(PROBES)
-        power = self.norms.reshape(-1, size, inner).norm(dim=1) * w.norm().item()
-        return torch.where(power > 0, total / power, math.inf)
+# (leaf, axis) -> the products of the gradient's slices along the axis with random vectors,
+# `(length, PROBES)`: enough to sum the gradient over any blocks of the axis.
+Sketches = dict[tuple[str, int], Tensor]
 
 
-Sketches = dict[tuple[str, int], Sketch]
+def ratios(sketch: Tensor, size: int, inner: int = 1, weights: Tensor | None = None) -> Tensor:
+    r"""$\lVert \sum_j w_j g_j \rVert / (\lVert w \rVert \lVert g \rVert)$ of a sketched gradient,
+    per `(outer, inner)` block; inf where a block has no gradient."""
+    w = torch.ones(size) if weights is None else weights.flatten()
+    blocks, w = sketch.reshape(-1, size, inner, PROBES), w.to(sketch)
+    total = torch.einsum("osip,s->oip", blocks, w).norm(dim=-1)
+    power = blocks.norm(dim=(1, 3)) * w.norm()
+    return torch.where(power > 0, total / power, math.inf)
 
 
 def block_views(length: int, sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -90,8 +84,7 @@ def _reduced(leaves: Mapping[str, Tensor], sizes: list[int], sink: Sketches) -> 
             if grad is not None and any(block_views(length, sizes)):
                 slices = grad.movedim(axis, 0).reshape(length, -1)
                 noise = torch.randn(slices.shape[1], PROBES, generator=generator).to(slices)
-                norms = torch.linalg.vector_norm(slices, dim=1)
-                sink[name, axis] = Sketch(norms.cpu(), (slices @ noise).cpu())
+                sink[name, axis] = (slices @ noise).cpu()
 
     handles = [
         leaf.register_post_accumulate_grad_hook(lambda p, name=name: reduce(name, p))
@@ -137,8 +130,8 @@ def survey(bench: Bench) -> Survey:
             with _reduced(leaves, bench.sizes, of_outputs):
                 loss.backward(retain_graph=True)
         for (name, axis), sketch in of_outputs.items():
-            for size, inner in block_views(len(sketch.norms), bench.sizes):
-                if (passes := sketch.ratios(size, inner) < tol).any():
+            for size, inner in block_views(len(sketch), bench.sizes):
+                if (passes := ratios(sketch, size, inner) < tol).any():
                     passing.append((name, axis, size, inner, passes))
         wanted = {view[0]: leaves[view[0]] for view in passing}
         if need is not None and wanted:
@@ -155,10 +148,10 @@ def survey(bench: Bench) -> Survey:
     folds = []
     for name, axis, size, inner, passes in passing:
         if (name, axis) in of_means:
-            needed = of_means[name, axis].ratios(size, inner)
+            needed = ratios(of_means[name, axis], size, inner)
             blocks = passes & (needed > tol) & needed.isfinite()
             if blocks.any():
                 where = tuple((int(i), int(j)) for i, j in blocks.nonzero())
                 folds.append(Fold(name, axis, size, inner, None if blocks.all() else where))
-    alive = {name for (name, _), sketch in of_outputs.items() if sketch.norms.any()}
+    alive = {name for (name, _), sketch in of_outputs.items() if sketch.any()}
     return Survey(of_outputs, folds, frozenset(leaves) - alive)
