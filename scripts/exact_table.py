@@ -57,10 +57,13 @@ def row(name: str) -> dict[str, Any]:
 
     double = plain_copy(convert(model, norms, result), torch.float64)
     d64 = change(plain_copy(model, torch.float64), double, fresh)
-    d32 = None
+    d32, error = None, ""
     if result.exact:
-        patched = hf_rmsnorm.patch_model(copy.deepcopy(model), strategy="exact", inputs=inputs)
-        d32 = change(model, patched, fresh)
+        try:
+            patched = hf_rmsnorm.patch_model(copy.deepcopy(model), strategy="exact", inputs=inputs)
+            d32 = change(model, patched, fresh)
+        except Exception as problem:  # one model must not stop the table
+            error = f"{type(problem).__name__}: {problem}"
     via = sum(len(center.serves) for center in result.centers)
     return {
         "model": name,
@@ -75,6 +78,7 @@ def row(name: str) -> dict[str, Any]:
         "probed_in": result.dtype,
         "seconds": round(seconds, 2),
         "reasons": result.kept,
+        "error": error,
     }
 
 
@@ -105,6 +109,8 @@ def main() -> None:
         cells += [f"{found['centers']}->{found['via']}", found["kept"]]
         cells += [short(found[key]) for key in ("d64", "d32", "floor")]
         print(form.format(*cells, found["seconds"]), flush=True)
+        if found["error"]:
+            print(f"    patch_model failed: {found['error']}")
         if args.reasons:
             for norm, reason in found["reasons"].items():
                 print(f"    {norm}: {reason}")
@@ -114,6 +120,7 @@ def main() -> None:
         f"{total['centers']} mean subtractions, {total['kept']} kept"
     )
     print(json.dumps(rows))
+    sys.exit(any(r["error"] for r in rows))
 
 
 if __name__ == "__main__":

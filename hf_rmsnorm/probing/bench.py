@@ -182,11 +182,22 @@ class Bench:
 
 
 def _overlapping(model: nn.Module) -> frozenset[str]:
-    owners: dict[int, set[str]] = defaultdict(set)
+    """Names of tensors whose memory overlaps another's."""
+    spans = []
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel():
-            owners[tensor.untyped_storage().data_ptr()].add(name)
-    return frozenset(name for names in owners.values() if len(names) > 1 for name in names)
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            extent = 1 + sum((size - 1) * stride for size, stride in steps)
+            start = tensor.data_ptr()
+            spans.append((str(tensor.device), start, start + extent * tensor.element_size(), name))
+    found: set[str] = set()
+    reach: tuple[str, int, str] = ("", 0, "")
+    for device, start, end, name in sorted(spans):
+        if device == reach[0] and start < reach[1]:
+            found |= {name, reach[2]}
+        if device != reach[0] or end > reach[1]:
+            reach = (device, end, name)
+    return frozenset(found)
 
 
 def _bench(

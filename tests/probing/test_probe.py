@@ -134,6 +134,18 @@ def test_parameters_that_share_memory_are_left_alone():
     assert [str(c) for c in result.centers] == ["the output of tokens"]
 
 
+def test_parameters_beside_each_other_in_memory_fold():
+    """As slices of one file or one flat buffer do."""
+    model = Toy(["pre-norm mlp"])
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = 0
+    for p in model.parameters():
+        p.data = flat[start : start + p.numel()].view(p.shape)
+        start += p.numel()
+    result = probed(model)
+    assert not result.kept and not result.centers
+
+
 def test_a_norm_that_is_never_called_is_reported():
     model = Toy(["pre-norm mlp"])
     model.spare = nn.LayerNorm(D)
