@@ -211,16 +211,18 @@ def _dtype_if(wanted: bool, t: Tensor | None) -> torch.dtype | None:
 
 def _is_plain_eager(*tensors: Tensor | None) -> bool:
     """Whether a kernel may see the raw memory: nothing is tracing, transforming or wrapping it."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-        and all(
-            t is None or (type(t) in _PLAIN_TYPES and torch._C._has_storage(t)) for t in tensors
-        )
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    ):
+        return False
+    for t in tensors:
+        if t is not None and not (type(t) in _PLAIN_TYPES and torch._C._has_storage(t)):
+            return False
+    return True
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -31,8 +31,10 @@ class Formula(NamedTuple):
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 as soon as one of the tensors is."""
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def output_dtype(x: Tensor, weight: Tensor | None, formula: Formula) -> torch.dtype:
