@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from . import triton_backward, triton_forward
 from .reference import Formula, as_rows, compute_dtype, output_dtype
 
 _TRITON_DTYPES = {
@@ -71,7 +71,7 @@ def forward(
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=compute) if save_rstd else None
 
     tile = row_tile(hidden, compute.itemsize, limit=_FORWARD_ROW_BYTES)
-    kernel = kernels.forward_tile if tile else kernels.forward_loop
+    kernel = triton_forward.forward_tile if tile else triton_forward.forward_loop
     rows, columns, warps = tile or Tile(1, _LOOP_COLUMNS, 8)
     launch(
         kernel,
@@ -139,7 +139,7 @@ def backward(
     }
     if tile:
         launch(
-            kernels.backward_tile,
+            triton_backward.backward_tile,
             (programs,),
             *(dy, dsummed, x, weight, rstd, dx, dweight_partials, dbias_partials),
             n_rows,
@@ -153,7 +153,7 @@ def backward(
     else:
         pull = torch.empty_like(rstd)
         launch(
-            kernels.backward_pull,
+            triton_backward.backward_pull,
             (n_rows,),
             *(dy, x, weight, rstd, pull),
             *(dy.stride(0), x.stride(0)),
@@ -162,7 +162,7 @@ def backward(
             num_warps=8,
         )
         launch(
-            kernels.backward_columns,
+            triton_backward.backward_columns,
             (programs, triton.cdiv(hidden, _TILE_COLUMNS)),
             *(dy, dsummed, x, weight, rstd, pull, dx, dweight_partials, dbias_partials),
             n_rows,
@@ -178,7 +178,7 @@ def backward(
     dweight = torch.empty_like(weight) if wants_sums[0] else None  # type: ignore[arg-type]
     dbias = None if bias_grad is None else x.new_empty(hidden, dtype=bias_grad)
     launch(
-        kernels.reduce_partials,
+        triton_backward.reduce_partials,
         (triton.cdiv(hidden, 64),),
         *(dweight_partials, dbias_partials, dweight, dbias),
         programs,
