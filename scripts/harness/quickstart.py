@@ -28,8 +28,8 @@ PRETRAINING = f"""
 COMPARISON = """
     --arms layernorm rmsnorm rmsnorm:direct prmsnorm:0.0625
     --seeds 0 1
-    --max_train_steps 80 --learning_rate 3e-4 --num_warmup_steps 8
-    --weight_decay 0.1 --per_device_train_batch_size 4 --eval_steps 20
+    --max_train_steps 60 --learning_rate 3e-4 --num_warmup_steps 6
+    --weight_decay 0.1 --per_device_train_batch_size 4 --eval_steps 15
     --throughput_rounds 9 --throughput_steps 4
 """
 
