@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import model_zoo
 import pytest
 import torch
 import transformers
@@ -170,6 +171,19 @@ def test_the_extra_unit_makes_norms_after_feed_forward_blocks_exact(model_type: 
     unpatch_model(model)
     assert same(model, original)
     assert repr(model) == repr(original)
+
+
+# unusual ways to read a norm; ProphetNet runs in float32 only
+@pytest.mark.parametrize("name", ["bloom-post", "fnet", "funnel", "marian", "prophetnet"])
+def test_other_architectures_stay_equal(name: str) -> None:
+    model = model_zoo.build(name)
+    original = copy.deepcopy(model)
+    plan = plan_patch(model, post_norm="extra_neuron", inputs=model_zoo.inputs_for(name, model))
+    assert plan.widens and plan.precision == ("float32" if name == "prophetnet" else "float64")
+    fresh = model_zoo.inputs_for(name, model, ((3, 11), (1, 7)), seed=50)
+    assert verify(model, plan, fresh, apply_plan).exact_part < 1e-6
+    apply_plan(model, plan)
+    assert same(unpatch_model(model), original)
 
 
 def test_conv1d_blocks_get_a_unit_too() -> None:
@@ -362,6 +376,13 @@ def test_units_exist_for_equal_gains_and_for_none(gain: float) -> None:
     plan = plan_patch(model, inputs=TOY, post_norm="extra_neuron")
     assert len(plan.widens) == 2
     assert verify(model, plan, TOY, apply_plan).exact_part < 1e-12
+
+
+def test_float64_models_are_held_to_the_float64_tolerance() -> None:
+    model = build("bart").double()
+    patch_model(model, post_norm="extra_neuron")
+    measured = patch_report(model).measured
+    assert measured and measured.rounding == 0 and measured.exact_part_own < 1e-12
 
 
 def test_the_unit_holds_in_bfloat16() -> None:

@@ -70,7 +70,7 @@ def _absorbed(bench: Bench, served: Mapping[str, Absorb], result: ProbeResult) -
     """Each bias whose mean is worth taking away, and the means that are left."""
     leaves = bench.leaves()
     pending = {name: served[name] for name in result.kept if name in served}
-    before = bench.means()
+    before = result.leftover
     with bench.replaced(shifted(bench, {a: -leaves[a.bias].mean() for a in pending.values()})):
         after = bench.means()
     worse = {a for name, a in pending.items() if not after[name] < WORTH * before[name]}

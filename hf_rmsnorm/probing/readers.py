@@ -125,8 +125,8 @@ def find_absorbs(bench: Bench, reads: Reads) -> list[Absorb]:
             candidates.append(Absorb(f"{norm}.bias", tuple(r for r in found if r)))
 
     def holds(group: Sequence[Absorb]) -> bool:
-        for scale, which in bench.tolerance.shifts:
-            with bench.replaced(shifted(bench, random_shifts(bench, group, scale))):
+        for (scale, which), sign in itertools.product(bench.tolerance.shifts, (1, -1)):
+            with bench.replaced(shifted(bench, random_shifts(bench, group, sign * scale))):
                 if not bench.change(which) <= rounding:
                     return False
         return True
@@ -148,8 +148,13 @@ def random_shifts(bench: Bench, group: Sequence[Absorb], scale: float) -> dict[A
 def shifted(bench: Bench, shifts: Mapping[Absorb, Tensor | float]) -> dict[str, Tensor]:
     """The bench's leaves with these biases shifted, and their readers making up for it."""
     leaves = bench.leaves()
+
+    def value(absorb: Absorb, name: str, shift: Tensor | float) -> Tensor:
+        leaf = leaves[name].detach()
+        return (leaf + shift_term(absorb, name, leaves.__getitem__, shift)).to(leaf.dtype)
+
     return {
-        name: leaves[name] + shift_term(absorb, name, leaves.__getitem__, shift)
+        name: value(absorb, name, shift)
         for absorb, shift in shifts.items()
         for name in absorb.names
     }
