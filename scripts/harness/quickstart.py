@@ -22,13 +22,14 @@ MODEL = (
 )
 PRETRAINING = f"""
     --config_name gpt2 --config_overrides {MODEL}
-    --max_train_steps 480 --learning_rate 1e-3 --lr_scheduler_type cosine --num_warmup_steps 20
-    --weight_decay 0.1 --per_device_train_batch_size 4 --eval_steps 160 --overwrite_output_dir
+    --max_train_steps 360 --learning_rate 1e-3 --lr_scheduler_type constant_with_warmup
+    --num_warmup_steps 20 --weight_decay 0.1 --per_device_train_batch_size 4 --eval_steps 120
+    --overwrite_output_dir
 """
 COMPARISON = """
     --arms layernorm rmsnorm rmsnorm:direct prmsnorm:0.0625
     --seeds 0 1
-    --max_train_steps 60 --learning_rate 3e-4 --num_warmup_steps 6
+    --max_train_steps 60 --learning_rate 5e-4 --num_warmup_steps 6
     --weight_decay 0.1 --per_device_train_batch_size 4 --eval_steps 15
     --throughput_rounds 9 --throughput_steps 4
 """
