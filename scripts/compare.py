@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = models.patch_options(arm, patch_args, blocks) if arm.patched else {}
         return arm.apply(model, **options)
 
+    weights = models.fingerprint(models.load_model(model_args, config, tokenizer, seed=0))
     for arm in chosen:  # refuse an arm that cannot be built before hours are spent on the others
         accelerator.print(f"{arm}: {describe(build(arm, args.seeds[0]), arm)}")
 
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {
         "model": asdict(model_args),
         "patch": asdict(patch_args),
+        "weights": weights,
         "data": blocks.fingerprint,
         "block_size": block_size,
         "training_blocks": len(blocks.train),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -136,6 +137,15 @@ def resolve_block_size(asked: int | None, config: Any, tokenizer: Any) -> int:
             f"give {limit} or less"
         )
     return asked
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The same for the same weights, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def patch_options(arm: Arm, args: PatchArguments, data: Data) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,23 @@ def assert_report_says_what_the_results_say(folder: Path, results: dict[str, Any
             assert row["steps"] == 4
     for name in ("torch", "transformers"):
         assert f"{name} {results['environment']['versions'][name]}" in text
+
+
+def test_other_weights_at_the_same_place_are_noticed(
+    compare: Script, assets: Assets, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(assets.checkpoint, model)
+    flags = [
+        *("--model_name_or_path", str(model), "--output_dir", str(out), "--seeds", "0"),
+        *("--arms", "layernorm", "--max_train_steps", "1", "--throughput_rounds", "0"),
+    ]
+    assert compare(*flags, start="") == 0
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    assert compare(*flags, start="") == 2
+    assert "weights: stored" in capsys.readouterr().err
 
 
 def test_quality_rows_pair_the_seeds() -> None:
