@@ -98,6 +98,7 @@ def patch_model(
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
         >>> patch_model(net, inputs={"input": torch.randn(3, 6)})[1]
