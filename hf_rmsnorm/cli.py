@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=r".*changed approximately", category=UserWarning)
     try:
         return arguments.run(arguments)
+    except ModuleNotFoundError as error:
+        advice = 'pip install "hf_rmsnorm[hub]"' if error.name == "transformers" else ""
+        print(f"hf-rmsnorm {arguments.command}: {error}. {advice}".rstrip(". "), file=sys.stderr)
+        return 2
     except (PatchError, VerificationError, OSError, ValueError, ImportError) as error:
         print(f"hf-rmsnorm {arguments.command}: {error}", file=sys.stderr)
         return 2

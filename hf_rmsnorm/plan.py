@@ -158,13 +158,14 @@ def layer_pattern(name: str) -> str:
 
 def site_table(sites: Iterable[Site]) -> str:
     """The sites as a text table, equal rows of numbered layers folded into one."""
-    rows: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for site in sites:
-        pattern = layer_pattern(site.name) or "(the model itself)"
-        key = (pattern, site.class_name, site.verdict, site.reason)
-        rows[key] = rows.get(key, 0) + 1
-    header = ("site", "count", "class", "verdict", "reason")
-    table = [header] + [(k[0], str(n), k[1], k[2], k[3]) for k, n in rows.items()]
+        key = (layer_pattern(site.name), site.class_name, site.verdict, site.reason)
+        rows.setdefault(key, []).append(site.name or "(the model itself)")
+    table = [("site", "count", "class", "verdict", "reason")]
+    for (pattern, *rest), names in rows.items():
+        name = pattern if len(names) > 1 else names[0]
+        table.append((name, str(len(names)), rest[0], rest[1], rest[2]))
     widths = [max(len(row[i]) for row in table) for i in range(4)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
