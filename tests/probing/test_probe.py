@@ -15,6 +15,7 @@ from toys import FRESH, INPUTS, VOCAB, D, Toy
 
 from hf_rmsnorm.errors import PatchError
 from hf_rmsnorm.probing import plain_copy, probe, relative_change, rounding_gap, run_outputs
+from hf_rmsnorm.probing.bench import fits, free_bytes
 from hf_rmsnorm.recipes import NormSpec, find_norms
 
 
@@ -219,6 +220,13 @@ def test_a_model_that_cannot_run_in_float64_is_probed_in_float32():
     assert rounding_gap(model, INPUTS) is None
     after = run_outputs(convert(model, norms_of(model), result).float(), FRESH)
     assert relative_change(run_outputs(model, FRESH), after) < 1e-5
+
+
+def test_a_model_too_big_for_float64_is_probed_in_float32():
+    model = nn.Linear(1000, 1000, bias=False, device="meta")
+    assert fits(model, torch.float64, 20e6) and not fits(model, torch.float64, 19e6)
+    assert fits(model, torch.float32, 10e6)
+    assert free_bytes(torch.device("cpu")) > 1e6
 
 
 def test_half_precision_checkpoints_are_probed_in_float64():
