@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import PatchError
 from .functional import statistic_size
-from .plan import PatchPlan, Site, site_table
+from .plan import PatchPlan, Site, Verdict, site_table
 from .probe_inputs import make_inputs
 from .probing import ProbeResult, probe
 from .probing.postnorm import improve
@@ -54,7 +54,7 @@ def plan_patch(
     found = find_norms(model)
     chosen = select(found, include, exclude)
     sites = [
-        judge(name, model.get_submodule(name), reading, norm, share, name in chosen)
+        judge(name, model.get_submodule(name), reading, share, name in chosen, strategy)
         for name, reading in found.items()
     ]
     targets = {
@@ -164,9 +164,9 @@ def judge(
     name: str,
     module: nn.Module,
     reading: NormSpec | Unreadable,
-    norm: str,
     p: float,
     chosen: bool,
+    strategy: str,
 ) -> Site:
     """The verdict on one site when no weight may be touched (the paper's drop-in)."""
     class_name = type(module).__name__
@@ -174,8 +174,13 @@ def judge(
         return Site(name, class_name, "kept", reading.reason)
     if not chosen:
         return Site(name, class_name, "kept", "left out by include/exclude", reading)
-    if getattr(module, "is_hf_rmsnorm", False) and getattr(module, "p", 1.0) == p:
-        return Site(name, class_name, "kept", f"is hf_rmsnorm's {class_name} already", reading)
+    if getattr(module, "is_hf_rmsnorm", False):
+        before = getattr(module, "p", 1.0)
+        if before == p:
+            return Site(name, class_name, "kept", f"is hf_rmsnorm's {class_name} already", reading)
+        reason = f"statistic from {p:.4g} of the features instead of {before:.4g}"
+        verdict: Verdict = "kept" if strategy == "exact" else "approximate"
+        return Site(name, class_name, verdict, reason, reading)
     partial = partial_statistic(reading, p)
     if reading.kind == "layernorm":
         reason = f"centring dropped{partial and '; ' + partial}"

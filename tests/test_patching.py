@@ -285,6 +285,22 @@ def test_patching_twice() -> None:
     assert_same_model(model, classes, state)
 
 
+def test_another_share_of_the_features_is_never_called_exact() -> None:
+    model = nn.Sequential(nn.Linear(5, 32), PartialRMSNorm(32, p=0.25))
+    for norm, p in (("rmsnorm", None), ("prmsnorm", 0.5)):
+        (site,) = plan_patch(model, norm, p=p).sites
+        assert site.verdict == "approximate" and "instead of 0.25" in site.reason
+    with pytest.raises(PatchError, match="can be exact"):
+        patch_model(model, strategy="exact")
+    with pytest.raises(PatchError, match="already"):
+        patch_model(model, "prmsnorm", p=0.25)
+    x = torch.randn(3, 5)
+    expected = RMSNorm(32)(model[0](x))
+    with pytest.warns(UserWarning, match="approximately"):
+        patch_model(model)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_part_by_part() -> None:
     model = MODELS["gpt2"]()
     classes, state = classes_of(model), tensors(model)
