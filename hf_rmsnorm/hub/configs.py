@@ -20,7 +20,6 @@ from ..probing.facts import Widen
 MODEL_TYPE = "hf_rmsnorm"
 RECORD = "hf_rmsnorm"
 
-
 _classes: dict[Any, type[PreTrainedConfig]] = {}
 
 
@@ -70,10 +69,8 @@ def register() -> None:
 
 
 def check_record(record: object) -> dict[str, Any]:
-    if (
-        not isinstance(record, dict)
-        or not {"version", "norm", "p", "sites", "centers", "widens"} <= record.keys()
-    ):
+    keys = {"version", "norm", "p", "strategy", "sites", "centers", "widens"}
+    if not isinstance(record, dict) or not keys <= record.keys():
         raise PatchError(
             f"the config has model type {MODEL_TYPE!r} but no usable {RECORD!r} record: it was not "
             "saved by hf_rmsnorm, or edited since"

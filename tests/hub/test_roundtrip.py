@@ -185,6 +185,13 @@ def test_damaged_records_are_refused(saved: tuple[Path, Tensor]) -> None:
     record = json.loads((path / "config.json").read_text())["hf_rmsnorm"]
     cases: list[tuple[dict[str, object], str]] = [
         ({"hf_rmsnorm": None}, "no usable 'hf_rmsnorm' record"),
+        *(
+            (
+                {"hf_rmsnorm": {k: v for k, v in record.items() if k != key}},
+                "no usable 'hf_rmsnorm' record",
+            )
+            for key in record
+        ),
         ({"hf_rmsnorm": {**record, "version": 99}}, "update the package"),
         ({"hf_rmsnorm": record, "base_model_type": "nonesuch"}, "'nonesuch'"),
     ]
