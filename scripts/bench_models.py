@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
-from harness.benchmark import interleaved, ratio
-from harness.results import environment, write_json
+from harness.benchmark import add_flags, finish, interleaved, ratio
+from harness.results import environment
 from torch import nn
 
 import hf_rmsnorm
@@ -137,13 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="sequences; half as many images")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--block_seconds", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
     parser.add_argument("--torch_compile", action="store_true")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    add_flags(parser, rounds=9, block_seconds=1.0)
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -155,9 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [row for name in args.models for row in measure(name, accelerator, args)]
     sizes = {k: getattr(args, k) for k in ("width", "layers", "batch", "length", "torch_compile")}
     document = {"environment": environment(accelerator, argv), "sizes": sizes, "rows": rows}
-    if args.out:
-        write_json(args.out, document)
-    print(json.dumps(document))
+    finish(document, args.out)
 
 
 if __name__ == "__main__":

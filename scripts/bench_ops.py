@@ -13,16 +13,14 @@ compares with a copy ("copy", timed in the same rounds). The last line is one JS
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from harness.benchmark import interleaved, ratio
-from harness.results import environment, write_json
+from harness.benchmark import add_flags, finish, interleaved, ratio
+from harness.results import environment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -106,11 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 512, 4096])
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 768, 1024, 4096])
     parser.add_argument("--dtype", nargs="+", default=["float32"], help="as torch names them")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--block_seconds", type=float, default=0.02)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    add_flags(parser, rounds=11, block_seconds=0.02)
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -122,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in measure(count, hidden, getattr(torch, dtype), args)
     ]
     document = {"environment": environment(Accelerator(cpu=args.cpu), argv), "rows": rows}
-    if args.out:
-        write_json(args.out, document)
-    print(json.dumps(document))
+    finish(document, args.out)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from harness.results import quantile, spread
+from harness.results import quantile, spread, write_json
 
 
 def interleaved(
@@ -43,6 +46,22 @@ def interleaved(
         }
         for name, values in seconds.items()
     }
+
+
+def add_flags(parser: argparse.ArgumentParser, *, rounds: int, block_seconds: float) -> None:
+    """The flags every benchmark has, with its own defaults for how long to measure."""
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--block_seconds", type=float, default=block_seconds)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+
+
+def finish(document: Any, out: Path | None) -> None:
+    """The JSON as the last line, and as a file where one was asked for."""
+    if out:
+        write_json(out, document)
+    print(json.dumps(document))
 
 
 def _calls_for(run: Callable[[], Any], block_seconds: float) -> int:
