@@ -1,4 +1,4 @@
-"""The Triton backend: tiles chosen from the hidden size alone, and every launch.
+"""The Triton backend: tiles chosen from the hidden size alone.
 
 Results of a row never depend on how many rows there are, and nothing is tuned at run time. dw and
 db are summed in a fixed order that depends on the number of rows and of the device's processors.
@@ -6,8 +6,7 @@ db are summed in a fixed order that depends on the number of rows and of the dev
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from . import triton_backward, triton_forward
 from .reference import Formula, as_rows, compute_dtype, output_dtype
+from .triton_launch import launch, processors
 
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -188,26 +188,6 @@ def backward(
         num_warps=4,
     )
     return dx, dweight, dbias
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Every kernel of this backend starts here."""
-    device = next(t.device for t in args if t is not None)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, **constants)
-    else:
-        kernel[grid](*args, **constants)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    if device.type == "xpu":
-        return torch.xpu.get_device_properties(device).gpu_subslice_count
-    return 1
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
