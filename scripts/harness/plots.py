@@ -1,4 +1,4 @@
-"""PNG plots of a comparison."""
+"""PNG plots of a comparison, and of the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from harness.results import quantile
 # Okabe and Ito's colours, which the colour-blind can tell apart; the control is black.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = "os^vDP*X"
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[str]:
@@ -24,6 +25,78 @@ def draw(results: dict[str, Any], folder: Path) -> list[str]:
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=150)
     return list(figures)
+
+
+def ops(document: dict[str, Any], folder: Path) -> list[str]:
+    """Share of a copy's bandwidth against the hidden size: one file for each dtype and mode."""
+    files = []
+    rows = document["rows"]
+    for dtype, mode in sorted({(row["dtype"], row["mode"]) for row in rows}):
+        here = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode)]
+        files.append(f"ops-{dtype}-{mode}.png")
+        _share_of_copy(here, f"{dtype}, {mode}, {document['environment']['device']}").savefig(
+            folder / files[-1], dpi=120
+        )
+    return files
+
+
+def _share_of_copy(rows: list[dict[str, Any]], title: str) -> Figure:
+    across = list(dict.fromkeys(row["pass"] for row in rows))
+    down = list(dict.fromkeys((row["op"], row["rows"]) for row in rows))
+    names = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "copy"]
+    size = (4.5 * len(across) + 2, 3 * len(down) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(down), len(across), squeeze=False)
+    for (op, n_rows), line in zip(down, grid, strict=True):
+        for which, axes in zip(across, line, strict=True):
+            axes.set_title(f"{op}, {which}, {n_rows} rows", fontsize=9)
+            axes.set_xscale("log", base=2)
+            axes.axhline(100, color="grey", linewidth=0.8)
+            axes.grid(alpha=0.3)
+            for index, name in enumerate(names):
+                picked = (op, n_rows, which, name)
+                keys = ("op", "rows", "pass", "provider")
+                points = sorted(
+                    (row["hidden"], row["percent_of_copy"])
+                    for row in rows
+                    if tuple(row[key] for key in keys) == picked
+                )
+                axes.plot(
+                    [hidden for hidden, _ in points],
+                    [share for _, share in points],
+                    marker=MARKERS[index % len(MARKERS)],
+                    markersize=4,
+                    label=name,
+                    **_style(index),
+                )
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(title)
+    figure.supxlabel("hidden size")
+    figure.supylabel("bandwidth, % of a copy of as many bytes")
+    return figure
+
+
+def models(document: dict[str, Any], folder: Path) -> list[str]:
+    """Speed relative to the unpatched model, one panel for each model and precision."""
+    rows = document["rows"]
+    panels = list(dict.fromkeys((row["model"], row["precision"], row["compiled"]) for row in rows))
+    figure = Figure(figsize=(5 * min(3, len(panels)), 3.2 * -(-len(panels) // 3)))
+    figure.set_layout_engine("constrained")
+    for position, panel in enumerate(panels):
+        axes = figure.add_subplot(-(-len(panels) // 3), min(3, len(panels)), position + 1)
+        here = [row for row in rows if (row["model"], row["precision"], row["compiled"]) == panel]
+        labels = [f"{row['arm']}\n{row['mode']}" for row in here]
+        for index, row in enumerate(here):
+            speed = row["speed"]
+            below, above = speed["median"] - speed["min"], speed["max"] - speed["median"]
+            colour = COLOURS[list(dict.fromkeys(r["arm"] for r in here)).index(row["arm"])]
+            axes.bar(index, speed["median"], yerr=[[below], [above]], color=colour, capsize=3)
+        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=6)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_title(f"{panel[0]}, {panel[1]}{', compiled' * panel[2]}", fontsize=9)
+    figure.suptitle(f"speed over unpatched, {document['environment']['device']}", fontsize=10)
+    figure.savefig(folder / "models.png", dpi=120)
+    return ["models.png"]
 
 
 def _loss_against_steps(results: dict[str, Any]) -> Figure:

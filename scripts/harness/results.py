@@ -14,12 +14,17 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "evaluate", "hf_rmsnorm")
+if TYPE_CHECKING:  # the benchmarks run where accelerate is not installed
+    from accelerate import Accelerator
+
+PACKAGES = (
+    *("torch", "triton", "transformers", "accelerate", "datasets", "evaluate", "hf_rmsnorm"),
+    *("liger_kernel", "quack-kernels", "flash-attn", "apex", "nvidia-cutlass-dsl"),
+)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -67,14 +72,21 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def environment(accelerator: Accelerator, argv: Sequence[str] | None) -> dict[str, Any]:
+    """`machine`, and what the Accelerator was set up for."""
+    return {
+        **machine(accelerator.device, argv),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def machine(device: torch.device, argv: Sequence[str] | None) -> dict[str, Any]:
     """When, where, with what and from which code."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]),
-        "device": _device_name(accelerator.device),
-        "num_processes": accelerator.num_processes,
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
-        "mixed_precision": accelerator.mixed_precision,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
