@@ -17,7 +17,7 @@ LAYERS = [
     {"ops"},
     {"functional"},
     {"modules", "recipes", "probe_inputs"},
-    {"probing"},
+    {"probing", "layers"},
     {"plan"},
     {"planning", "changes"},
     {"applying", "verification"},
