@@ -88,6 +88,10 @@ def rms_norm(
     if not _is_plain_eager(x, weight, bias):
         return reference.normalise(x, weight, bias, formula)[0]
     backend = ops.backend_for(x)
+    if backend is ops.cpu_backend:
+        y = backend.differentiable(x, None, weight, bias, formula)
+        if y is not None:
+            return y
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
         return _RMSNorm.apply(x, weight, bias, formula, backend)
     return backend.forward(x, None, weight, bias, formula, save_rstd=False)[0]
@@ -123,6 +127,10 @@ def add_rms_norm(
         normed, summed, _ = reference.forward(x, residual, weight, bias, formula, save_rstd=False)
         return normed, summed
     backend = ops.backend_for(x)
+    if backend is ops.cpu_backend:
+        pair = backend.differentiable(x, residual, weight, bias, formula)
+        if pair is not None:
+            return pair
     if torch.is_grad_enabled() and _any_requires_grad(x, residual, weight, bias):
         return _AddRMSNorm.apply(x, residual, weight, bias, formula, backend)
     normed, summed, _ = backend.forward(x, residual, weight, bias, formula, save_rstd=False)

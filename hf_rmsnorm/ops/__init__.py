@@ -8,7 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import reference
+from . import cpu_autograd, cpu_backend, cpu_build, reference
 
 
 def backend_for(x: Tensor) -> ModuleType:
@@ -23,7 +23,8 @@ def _for_device_type(device_type: str) -> ModuleType:
 
         return triton_backend
     if device_type == "cpu":
-        from . import cpu_backend, cpu_build
-
-        return cpu_backend if cpu_build.library() else reference
+        if cpu_build.library() is None:
+            return reference
+        cpu_autograd.start()
+        return cpu_backend
     return reference

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu_build, reference
+from . import cpu_autograd, cpu_build, reference
 from .reference import Formula, as_rows, compute_dtype, output_dtype
 
 _NAMES = {
@@ -17,10 +17,30 @@ _NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",
 }
-# Below this many elements, waking a second thread costs more than it saves.
-_PARALLEL_ELEMENTS = 65536
-_MAX_BLOCKS = 64
-_BLOCK_ROWS = 16
+
+
+def differentiable(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    formula: Formula,
+) -> Any:
+    """y, or `(y, summed)` with a residual, with gradients, without going through Python's autograd.
+
+    None where that is not possible: not built yet, or a mixture of dtypes it does not know.
+    """
+    operators = cpu_autograd.operators
+    if not operators:
+        return None
+    if residual is not None and residual.dtype != x.dtype:
+        return None
+    out = output_dtype(x, weight, formula)
+    if _kernel("forward", x.dtype, out, compute_dtype(x, weight, bias)) is None:
+        return None
+    if residual is None:
+        return operators["rms_norm"](x, weight, bias, *formula[:4], out)
+    return operators["add_rms_norm"](x, residual, weight, bias, *formula[:4], out)
 
 
 def forward(
@@ -93,7 +113,7 @@ def backward(
     x, dy = _rows(x), _rows(dy)
     dsummed = None if dsummed is None else _rows(dsummed)
     scale = _as(weight, compute)
-    blocks = min(_MAX_BLOCKS, -(-n_rows // _BLOCK_ROWS))
+    blocks = min(cpu_build.MAX_BLOCKS, -(-n_rows // cpu_build.BLOCK_ROWS))
     wants_dweight = weight_grad and weight is not None
     dweight = torch.empty(hidden, dtype=compute) if wants_dweight else None
     dbias = None if bias_grad is None else torch.empty(hidden, dtype=compute)
@@ -135,7 +155,7 @@ def _kernel(name: str, x: torch.dtype, out: torch.dtype, compute: torch.dtype) -
 
 
 def _threads(elements: int) -> int:
-    return torch.get_num_threads() if elements >= _PARALLEL_ELEMENTS else 1
+    return torch.get_num_threads() if elements >= cpu_build.PARALLEL_ELEMENTS else 1
 
 
 def _rows(x: Tensor) -> Tensor:

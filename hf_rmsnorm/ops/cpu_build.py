@@ -24,6 +24,16 @@ _SOURCES = [Path(__file__).with_name(name) for name in ("rms_norm.c", "rms_norm_
 _BASE_FLAGS = ["-O2", "-fPIC", "-shared", "-Wno-psabi"]
 _EXTRA_FLAGS = [["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []]
 
+# dtypes of x, and of y and dy, that the kernel is compiled for; float16 needs a newer compiler
+PAIRS = (
+    *("f32_f32", "f32_bf16", "f32_f16", "bf16_bf16", "bf16_f32", "f16_f16", "f16_f32"),
+    "f64_f64",
+)
+# Below this many elements, waking a second thread costs more than it saves.
+PARALLEL_ELEMENTS = 65536
+# Rows of partial sums of dweight and dbias: at most so many, each over at least so many rows.
+MAX_BLOCKS, BLOCK_ROWS = 64, 16
+
 _POINTERS_FORWARD, _POINTERS_BACKWARD = 7, 10
 _SIZES_FORWARD, _SIZES_BACKWARD = 5, 6
 
@@ -53,7 +63,8 @@ def _load_or_build() -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, _compilers())), None)
     if compiler is None:
         raise _Unavailable("no C compiler (cc, gcc or clang) on PATH; install one or set CC")
-    name = f"rms_norm-{_fingerprint(compiler)}.so"
+    parts = *(s.read_bytes() for s in _SOURCES), repr((_BASE_FLAGS, _EXTRA_FLAGS)).encode()
+    name = f"rms_norm-{fingerprint(compiler, *parts)}.so"
     try:
         target = cache_dir() / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,15 +81,12 @@ def _compilers() -> list[str]:
     return [c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c]
 
 
-def _fingerprint(compiler: str) -> str:
-    """Changes with the source, the flags, the compiler and what this CPU can do."""
+def fingerprint(compiler: str, *parts: bytes) -> str:
+    """Changes with `parts`, the compiler and what this CPU can do."""
     status = Path(compiler).resolve().stat()
-    parts = [s.read_bytes() for s in _SOURCES]
-    parts += [
-        repr((_BASE_FLAGS, _EXTRA_FLAGS, compiler, status.st_size, status.st_mtime_ns)).encode()
-    ]
-    parts += [" ".join([platform.machine(), platform.processor(), *_cpu_features()]).encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    built_by = repr((compiler, status.st_size, status.st_mtime_ns)).encode()
+    runs_on = " ".join([platform.machine(), platform.processor(), *_cpu_features()]).encode()
+    return hashlib.sha256(b"\0".join([*parts, built_by, runs_on])).hexdigest()[:20]
 
 
 def _cpu_features() -> list[str]:
@@ -117,7 +125,7 @@ def _build(compiler: str, target: Path) -> ctypes.CDLL:
 
 def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:
     p, n, d, i = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_double, ctypes.c_int
-    for pair in ("f32_f32", "f64_f64", "bf16_bf16", "bf16_f32", "f16_f16", "f16_f32"):
+    for pair in PAIRS:
         for name, signature in (
             ("forward", [p] * _POINTERS_FORWARD + [n] * _SIZES_FORWARD + [d, d, i, i]),
             ("backward", [p] * _POINTERS_BACKWARD + [n] * _SIZES_BACKWARD + [d, i, n, i]),

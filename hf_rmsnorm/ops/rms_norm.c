@@ -66,6 +66,12 @@ INLINE void store_bf16(bf16 *p, vec_f32 v) {
 #define OUT_NAME f32
 #include "rms_norm_rows.h"
 
+#define T float
+#define T_NAME f32
+#define OUT bf16
+#define OUT_NAME bf16
+#include "rms_norm_rows.h"
+
 #define T bf16
 #define T_NAME bf16
 #define OUT bf16
@@ -115,6 +121,12 @@ INLINE void store_f16(f16 *p, vec_f32 v) {
 #endif
 
 #ifdef HAS_F16
+#define T float
+#define T_NAME f32
+#define OUT f16
+#define OUT_NAME f16
+#include "rms_norm_rows.h"
+
 #define T f16
 #define T_NAME f16
 #define OUT f16
