@@ -21,12 +21,14 @@ class Formula(NamedTuple):
         eps: added to that mean, inside the root.
         weight_offset: the scale is `weight_offset + weight`.
         llama: round the normalised value to x's dtype before the scale multiplies it.
+        out: dtype of y, rounded to once, at the end; None is x's, or what `llama` promotes to.
     """
 
     k: int
     eps: float
     weight_offset: float
     llama: bool
+    out: torch.dtype | None = None
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -38,6 +40,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def output_dtype(x: Tensor, weight: Tensor | None, formula: Formula) -> torch.dtype:
+    if formula.out is not None:
+        return formula.out
     if formula.llama and weight is not None:
         return torch.promote_types(x.dtype, weight.dtype)
     return x.dtype
