@@ -1,28 +1,43 @@
 """Whole models, patched against unpatched: a training step and inference, interleaved.
 
     python scripts/bench_models.py                               # GPT-2, BERT, ViT at 768 wide
-    python scripts/bench_models.py --models gpt2 --layers 12 --batch 4
-    python scripts/bench_models.py --mixed_precision bf16 --torch_compile --out models.json
+    python scripts/bench_models.py --models gpt2 --full --precision autocast
+    python scripts/bench_models.py --models llama whisper --compiled no yes --out models.json
+    python scripts/bench_models.py --quick                       # what the goals need
 
-Models are built from their configs with random weights, 768 wide by default, patched with
-`patch_model` in each way, and take turns in one process. "speed" is the unpatched model's time over
-the arm's, within each round: median and range; above 1 is faster than the unpatched model. A
-training step is forward, backward and AdamW. The last line is one JSON document.
+Models are built from their configs with random weights, patched with `patch_model` in each way, and
+take turns in one process. "speed" is the unpatched model's time over the arm's, within each round:
+median and range; above 1 is faster than the unpatched model. "moved" is how far the patch moved the
+outputs in float32, over their largest value: an arm whose sites are all exact must not move them,
+or there is no timing. A training step is forward, backward and AdamW (fused, as Trainer's default);
+`autocast` is bfloat16 under torch.autocast. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
+import itertools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import transformers
-from accelerate import Accelerator
-from harness.benchmark import add_flags, finish, interleaved, ratio
-from harness.results import environment
+from harness import goals
+from harness.benchmark import (
+    Deadline,
+    add_flags,
+    finish,
+    interleaved,
+    pick_device,
+    plot,
+    ratio,
+)
+from harness.results import machine, write_json
+from harness.sized_models import BUILDERS, FULL, Batch, Sizes, build
 from torch import nn
 
 import hf_rmsnorm
@@ -34,121 +49,177 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "rmsnorm direct": {"norm": "rmsnorm", "strategy": "direct"},
     "prmsnorm 1/16": {"norm": "prmsnorm", "strategy": "direct"},
 }
+AUTOCAST_ARM = "rmsnorm autocast_output=auto"
+if "autocast_output" in inspect.signature(hf_rmsnorm.patch_model).parameters:
+    ARMS[AUTOCAST_ARM] = {"norm": "rmsnorm", "autocast_output": "auto"}
+MOVED_AT_MOST = 1e-4
+PRECISIONS = ("fp32", "autocast", "bf16")  # bf16 is last: it rounds the weights
 
 
-def build(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A model with random weights, and one batch with labels."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": args.width, "num_hidden_layers": args.layers}
-    heads, feed_forward = max(1, args.width // 64), 4 * args.width
-    tokens = torch.randint(5, 8000, (args.batch, args.length))
-    model: Any
-    if name == "gpt2":
-        config: Any = transformers.GPT2Config(
-            n_embd=args.width,
-            n_layer=args.layers,
-            n_head=heads,
-            vocab_size=8192,
-            n_positions=args.length,
-            bos_token_id=0,
-            eos_token_id=0,
-            use_cache=False,
-        )
-        model = transformers.GPT2LMHeadModel(config)
-    elif name == "bert":
-        config = transformers.BertConfig(
-            **sizes,
-            num_attention_heads=heads,
-            intermediate_size=feed_forward,
-            vocab_size=8192,
-            max_position_embeddings=args.length,
-        )
-        model = transformers.BertForMaskedLM(config)
-    else:
-        config = transformers.ViTConfig(
-            **sizes, num_attention_heads=heads, intermediate_size=feed_forward
-        )
-        config.num_labels = 10
-        model = transformers.ViTForImageClassification(config)
-        batch = max(1, args.batch // 2)
-        pixels = torch.randn(batch, 3, config.image_size, config.image_size)
-        return model, {"pixel_values": pixels, "labels": torch.randint(0, 10, (batch,))}
-    return model, {"input_ids": tokens, "labels": tokens}
+def patched(
+    model: nn.Module, batch: Batch, skipped: dict[str, str], label: str
+) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """`({arm: model}, {arm: how far the outputs moved})`."""
+    twins, moved = {CONTROL: model.eval()}, {CONTROL: 0.0}
+    before = outputs(model, batch)
+    for arm, arguments in ARMS.items():
+        if arguments is None:
+            continue
+        twin = copy.deepcopy(model)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=r".*changed approximately")
+                hf_rmsnorm.patch_model(twin, verify=False, **arguments)
+        except hf_rmsnorm.PatchError as error:
+            skipped[f"{label}, {arm}"] = str(error)
+            print(f"without {arm}: {error}", flush=True)
+            continue
+        move = (outputs(twin, batch) - before).abs().max().item() / before.abs().max().item()
+        exact = {site.verdict for site in hf_rmsnorm.patch_report(twin).sites} == {"exact"}
+        if exact and not move <= MOVED_AT_MOST:
+            sys.exit(f"{label}, {arm}: exact, but outputs moved by {move:.1e}: not timed")
+        twins[arm], moved[arm] = twin, move
+    return twins, moved
 
 
-def steps(model: nn.Module, batch: dict[str, torch.Tensor], accelerator: Accelerator) -> Any:
-    """`(training step, inference)` of one arm, as calls without arguments."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    model, optimizer = accelerator.prepare(model, optimizer)
+def outputs(model: nn.Module, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**_inputs(batch)).logits
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def steps(model: nn.Module, batch: Batch, precision: str, compiled: bool) -> dict[str, Callable]:
+    """The training step and inference of one arm, as calls without arguments."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    device = next(iter(batch.values())).device
+    run: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
+    if precision == "bf16":
+        batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+
+    def autocast() -> Any:
+        return torch.autocast(device.type, torch.bfloat16) if precision == "autocast" else nothing
+
+    nothing = nullcontext()
 
     def train() -> None:
         model.train()
-        accelerator.backward(model(**batch).loss)
+        with autocast():
+            loss = run(**batch).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     def infer() -> None:
         model.eval()
-        with torch.no_grad():
-            model(**{k: v for k, v in batch.items() if k != "labels"})
+        with torch.no_grad(), autocast():
+            run(**_inputs(batch))
 
-    return train, infer
+    return {"training": train, "inference": infer}
 
 
-def measure(name: str, accelerator: Accelerator, args: argparse.Namespace) -> list[dict[str, Any]]:
-    model, batch = build(name, args)
-    batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-    calls: dict[str, dict[str, Callable[[], None]]] = {"training": {}, "inference": {}}
-    for arm, arguments in ARMS.items():
-        twin = copy.deepcopy(model)
-        if arguments is not None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=r".*changed approximately")
-                hf_rmsnorm.patch_model(twin, verify=False, **arguments)
-        calls["training"][arm], calls["inference"][arm] = steps(twin, batch, accelerator)
-    found = []
-    for mode, providers in calls.items():
-        summaries = interleaved(
-            providers,
-            CONTROL,
-            rounds=args.rounds,
-            block_seconds=args.block_seconds,
-            description=f"{name} {mode}",
-        )
-        for arm, summary in summaries.items():
-            found.append({"model": name, "mode": mode, "arm": arm, **summary})
-            print(
-                f"{name:>6} {mode:>9}  {arm:<15}{summary['us_p50'] / 1e3:>9.1f} ms  "
-                f"{ratio(summary)}",
-                flush=True,
+def measure(
+    name: str, sizes: Sizes, args: argparse.Namespace, deadline: Deadline, report: dict[str, Any]
+) -> None:
+    device = pick_device(cpu=args.cpu)
+    model, batch = build(name, sizes)
+    model, batch = model.to(device), {key: value.to(device) for key, value in batch.items()}
+    label = f"{name} {sizes.layers}x{sizes.width}"
+    twins, moved = patched(model, batch, report["skipped"], label)
+    sized = {"model": name, "moved": moved, **sizes._asdict()}
+    for precision, compiled in itertools.product(PRECISIONS, args.compiled):
+        if precision not in args.precision:
+            continue
+        case = {"precision": precision, "compiled": compiled == "yes"}
+        if deadline.passed:
+            report["skipped"][f"{label}, {case}"] = "no time left"
+            continue
+        arms = {
+            arm: t for arm, t in twins.items() if arm != AUTOCAST_ARM or precision == "autocast"
+        }
+        torch._dynamo.reset()
+        calls = {
+            arm: steps(
+                twin.bfloat16() if precision == "bf16" else twin, batch, precision, case["compiled"]
             )
-    return found
+            for arm, twin in arms.items()
+        }
+        for mode in ("training", "inference"):
+            summaries = interleaved(
+                {arm: call[mode] for arm, call in calls.items()},
+                CONTROL,
+                rounds=args.rounds,
+                block_seconds=args.block_seconds,
+                description=f"{label} {precision} {mode}",
+            )
+            for arm, summary in summaries.items():
+                row = {**sized, **case, "mode": mode, "arm": arm, **summary, "moved": moved[arm]}
+                report["rows"].append(row)
+                print(
+                    f"{label:>14} {precision:>8}{' compiled' * case['compiled']} {mode:>9}  "
+                    f"{arm:<28}{summary['us_p50'] / 1e3:>9.2f} ms  {ratio(summary)}  "
+                    f"moved {moved[arm]:.1e}",
+                    flush=True,
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    models = ("gpt2", "bert", "vit")
-    parser.add_argument("--models", nargs="+", choices=models, default=list(models))
+    parser.add_argument("--models", nargs="+", choices=BUILDERS, default=["gpt2", "bert", "vit"])
+    parser.add_argument(
+        "--full", action="store_true", help="published sizes; ignores the next five"
+    )
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="sequences; half as many images")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
-    parser.add_argument("--torch_compile", action="store_true")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
+    parser.add_argument("--compiled", nargs="+", choices=("no", "yes"), default=["no"])
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="what the goals need: on a GPU all models, --full, under autocast; few rounds",
+    )
     add_flags(parser, rounds=9, block_seconds=1.0)
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    accelerator = Accelerator(
-        cpu=args.cpu,
-        mixed_precision=args.mixed_precision,
-        dynamo_backend="inductor" if args.torch_compile else "no",
-    )
-    rows = [row for name in args.models for row in measure(name, accelerator, args)]
-    sizes = {k: getattr(args, k) for k in ("width", "layers", "batch", "length", "torch_compile")}
-    document = {"environment": environment(accelerator, argv), "sizes": sizes, "rows": rows}
+    device, deadline = pick_device(cpu=args.cpu), Deadline(args.max_seconds)
+    if args.quick:
+        args.rounds, args.block_seconds = min(args.rounds, 5), min(args.block_seconds, 0.25)
+        if device.type == "cuda":
+            args.full, args.precision = True, ["autocast"]
+            args.models = ["gpt2", "bert", "vit", "llama", "whisper"]
+    torch._dynamo.config.recompile_limit = 64  # arms and modes share their code
+    report: dict[str, Any] = {"rows": [], "skipped": {}}
+    document: dict[str, Any] = {}
+    for name in args.models:
+        images = max(1, args.batch // 2)
+        batch = images if name == "vit" else args.batch
+        sizes = Sizes(args.width, args.layers, args.length, batch, args.vocabulary)
+        problem = None
+        if deadline.passed:
+            problem = f"the {args.max_seconds:.0f} seconds are over"
+        else:
+            try:
+                measure(name, FULL[name] if args.full else sizes, args, deadline, report)
+            except torch.OutOfMemoryError:
+                problem = "out of memory"
+                torch.cuda.empty_cache()
+        if problem:
+            report["skipped"][name] = problem
+            print(f"skipped {name}: {problem}", flush=True)
+        document = {"environment": machine(device, argv), **report}
+        if args.out:  # what there is, should this process be stopped
+            write_json(args.out, document)
+    document["goals"] = goals.of_models(document["rows"], device.type)
+    goals.show(document["goals"])
+    plot("models", document, args.plots)
     finish(document, args.out)
 
 
