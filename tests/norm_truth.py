@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,31 +109,44 @@ def sizes_of_terms(
     return {name: t.max().item() if t.numel() else 0.0 for name, t in sizes.items()}
 
 
-def assert_as_close_as(
+class Closeness(NamedTuple):
+    """Largest errors against the truth, and how large `error` may be."""
+
+    error: float
+    eager: float
+    limit: float
+
+
+def closeness(
     got: Tensor,
     eager: Tensor,
     truth: Tensor,
     *,
-    name: str,
     terms: float,
     unit: float | None = None,
     factor: float = 1.5,
-) -> None:
-    """Largest error of `got` <= factor * largest error of `eager` + a few roundings.
+) -> Closeness:
+    """Largest error of `got`; it may be factor * largest error of `eager` + a few roundings.
 
     Args:
         terms: size of what `truth` is the sum of.
         unit: relative size of a rounding inside the computation, if not float32's or float64's.
     """
-    assert got.dtype == eager.dtype, f"{name}: {got.dtype}, expected {eager.dtype}"
-    assert got.shape == truth.shape, f"{name}: {tuple(got.shape)}, expected {tuple(truth.shape)}"
     if not truth.numel():
-        return
+        return Closeness(0.0, 0.0, 0.0)
     error, allowed = ((t.double() - truth).abs().max().item() for t in (got, eager))
     double = got.dtype == torch.float64
     unit = unit or torch.finfo(torch.float64 if double else torch.float32).eps
     # two roundings inside; the last one may fall to the other side of a tie
     floor = 2.0 * unit * terms + 0.5 * torch.finfo(got.dtype).eps * truth.abs().max().item()
-    assert error <= factor * allowed + floor, (
-        f"{name}: error {error:.3g}, PyTorch's own {allowed:.3g}, floor {floor:.3g}"
+    return Closeness(error, allowed, factor * allowed + floor)
+
+
+def assert_as_close_as(got: Tensor, eager: Tensor, truth: Tensor, *, name: str, **how: Any) -> None:
+    """Dtype and shape as they should be, and errors as `closeness` allows."""
+    assert got.dtype == eager.dtype, f"{name}: {got.dtype}, expected {eager.dtype}"
+    assert got.shape == truth.shape, f"{name}: {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    found = closeness(got, eager, truth, **how)
+    assert found.error <= found.limit, (
+        f"{name}: error {found.error:.3g}, PyTorch's own {found.eager:.3g}, limit {found.limit:.3g}"
     )
