@@ -1,35 +1,38 @@
 """Model cards: README.md of a patched checkpoint, from its config and the JSON of a run.
 
-The text is in `card_template.md`. In a card that exists already, only the part between our two
-marks, our tags and our entries of `model-index` are rewritten, and metadata that is missing is
-added; everything else stays byte for byte.
+The text is in `card_template.md`. A card that exists already is merged into: `card_merge.py`.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto as autos
 
 from ..errors import PatchError
-from .configs import MODEL_TYPE, RECORD, check_record
+from ..plan import layer_pattern
+from .card_merge import RESULT_MARK, merge
+from .configs import MODEL_TYPE, RECORD
+from .runs import NOT_MEASURED, Run, read_run, spread_text
 
+METRICS = {"perplexity": "perplexity", "token_accuracy": "accuracy"}  # names the Hub knows
+RECORD_KEYS = {"norm", "p", "strategy", "sites", "centers", "widens"}
+SCRIPTS_TASK = "text-generation"  # what scripts/ train and measure
 TEMPLATE = Path(__file__).with_name("card_template.md")
-BEGIN, END = "<!-- hf_rmsnorm: begin", "<!-- hf_rmsnorm: end -->"
-SECTION = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-TAGS = ("hf_rmsnorm", "rmsnorm", "prmsnorm", "custom_code")
 
 
-def write_card(folder: Path, *, run: Path | None = None) -> Path:
+def write_card(
+    folder: Path,
+    *,
+    run: Path | None = None,
+    arm: str | None = None,
+    base_model: str | None = None,
+) -> Path:
     """Write the card of the checkpoint in `folder`, or bring the one that is there up to date.
 
     Measured results are in the card only if `run` brings them: results of other weights do not
@@ -37,20 +40,29 @@ def write_card(folder: Path, *, run: Path | None = None) -> Path:
 
     Args:
         folder: holds a `config.json` with a patch record.
-        run: `all_results.json` of `finetune_clm.py` or `results.json` of `compare.py`.
+        run: folder of a run of `finetune_clm.py` or `compare.py`, or its JSON.
+        arm: which arm of a comparison; found by the checkpoint's record if not given.
+        base_model: the Hub's name of the unpatched model; known to the run if it was loaded
+            from the Hub.
 
     Raises:
-        PatchError: no config, no valid record, or a README.md that cannot be merged into.
+        PatchError: no config, no valid record, a run that does not belong to it, or a README.md
+            that cannot be merged into.
     """
     folder = Path(folder)
-    card = make_card(read_config(folder))
-    path = folder / "README.md"
-    text = merge(path, card) if path.exists() else str(card)
-    beside = path.with_name("README.md.partial")
+    config = read_config(folder)
+    found = None if run is None else read_run(run, arm, config[RECORD])
+    return save_card(folder / "README.md", make_card(config, found, base_model), base_model)
+
+
+def save_card(path: Path, card: ModelCard, base_model: str | None = None) -> Path:
+    """Write `card`, merged into what is at `path`, whole or not at all."""
+    text = merge(path, card, ("base_model",) if base_model else ()) if path.exists() else str(card)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.partial")
     with beside.open("w", newline="", encoding="utf-8") as file:
         file.write(text)
-    beside.replace(path)
-    return path
+    return beside.replace(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -62,120 +74,183 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PatchError(f"{folder} is not a checkpoint: it has no config.json") from None
     except ValueError as error:
         raise PatchError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or RECORD not in config:
-        raise PatchError(f"{path} has no {RECORD!r} record: it is not of a patched model")
-    check_record(config[RECORD])
+    record = config.get(RECORD) if isinstance(config, dict) else None
+    if not isinstance(record, dict) or RECORD_KEYS - record.keys():
+        raise PatchError(f"{path} has no usable {RECORD!r} record: it is not of a patched model")
     return config
 
 
-def make_card(config: Mapping[str, Any]) -> ModelCard:
-    """The whole card of a checkpoint with this config."""
-    record = config[RECORD]
-    own = config.get("model_type") == MODEL_TYPE
-    base_type = str(config.get("base_model_type") if own else config.get("model_type"))
-    class_name = next(iter(config.get("architectures") or ()), None)
-    remote = own and "auto_map" in config
-    sites = [_cells(site) for site in record["sites"]]
-    changed = [site["class_name"] for site in sites if site["verdict"] != "kept"]
-    norm_name = "RMSNorm" if record["p"] == 1 else f"pRMSNorm (p = {record['p']:g})"
+def make_card(
+    config: Mapping[str, Any] | None, run: Run | None, base_model: str | None = None
+) -> ModelCard:
+    """The whole card of a checkpoint with this config, of a run, or of both.
+
+    A model that was trained after it was patched is a `finetune` of its base model. One that was
+    only converted has no `base_model_relation`: the Hub knows none that fits (it shows such a
+    model among the finetunes).
+    """
+    facts: dict[str, Any] = {}
+    if config:
+        facts = _facts_of_config(config)
+    elif run:
+        facts = _facts_of_run(run)
+    base_model = base_model or (run.base_model if run else None)
+    relation = "finetune" if base_model and run and run.steps else None
+    norm_tag = "rmsnorm" if facts["p"] == 1 else "prmsnorm"
     data = ModelCardData(
+        base_model=base_model,
+        base_model_relation=relation,
         library_name="transformers",
-        pipeline_tag=_task(base_type, class_name),
+        pipeline_tag=_task(facts["base_type"], facts["model_class"]) if config else SCRIPTS_TASK,
         tags=[
             "hf_rmsnorm",
-            "rmsnorm" if record["p"] == 1 else "prmsnorm",
-            *(["custom_code"] if own else []),
+            norm_tag,
+            *(["custom_code"] if facts["format"] == "own" else []),
         ],
     )
-    card = ModelCard.from_template(
+    norm_name = "RMSNorm" if facts["p"] == 1 else f"pRMSNorm (p = {facts['p']:g})"
+    changed = [site["class_name"] for site in facts["sites"] if site["verdict"] != "kept"]
+    measured = {}
+    if run:
+        data["datasets"] = [run.data["dataset"]] if run.data.get("is_local") is False else None
+        data["metrics"] = list(METRICS.values())
+        data["model_name"] = f"{facts['base_type'] or 'language-model'}-{norm_tag}"
+        data["eval_results"] = _eval_results(run) or None
+        measured = _texts_of_run(run)
+    return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        title=f"{class_name or base_type} with {norm_name}",
-        place="path_or_repo",
-        own=own,
-        remote=remote,
-        base_type=base_type,
-        class_name=class_name,
-        auto=_auto_class(base_type, class_name),
-        record=record,
+        title=f"{facts['model_class'] or facts['base_type'] or 'Language model'} with {norm_name}",
         norm_name=norm_name,
-        share=f"{record['p']:.4%}".rstrip("0").rstrip(".%") + "%",
+        share=f"{100 * facts['p']:g}%",
         replaced=" and ".join(dict.fromkeys(changed)),
         changed=bool(changed),
-        sites=sites,
-        counted=False,
-        centers=", ".join(
-            f"the {center['side']} of `{center['name']}`" for center in record["centers"]
-        ),
-        widens=", ".join(f"`{widen['name']}`" for widen in record["widens"]),
-        run=None,
+        run=run,
+        relation=relation,
+        **facts,
+        **measured,
     )
-    return card
 
 
-def merge(path: Path, card: ModelCard) -> str:
-    """The README at `path`, with metadata and section of `card` in their places."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            text = file.read()
-        found = REGEX_YAML_BLOCK.match(text)
-        block = found[2].replace("\r\n", "\n").strip("\n") + "\n" if found else ""
-        theirs = yaml.safe_load(block) or {}
-        if not isinstance(theirs, dict):
-            raise ValueError("its metadata is not a mapping")
-    except (ValueError, yaml.YAMLError) as error:
-        raise PatchError(
-            f"{path} cannot be read as a model card: {error}; repair it or move it away"
-        ) from None
-    body = text[found.end() :] if found else text
-    if [body.count(BEGIN), body.count(END)] not in ([0, 0], [1, 1]):
-        raise PatchError(
-            f"{path}: {BEGIN!r} and {END!r} must be there once each, or neither of them"
-        )
-    line_break = "\r\n" if "\r\n" in text else "\n"
-    section = "".join(SECTION.findall(card.text)).replace("\n", line_break)
-    if BEGIN in body:
-        body = SECTION.sub(lambda _: section, body)
-    else:
-        body = f"{body.rstrip()}{2 * line_break}{section}{line_break}"
-    block = _merge_metadata(block, theirs, card.data.to_dict())
-    return f"---\n{block}---\n".replace("\n", line_break) + body
-
-
-def _merge_metadata(block: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """`block` with our keys updated. Other entries keep their spelling: YAML read and written
-    again would lose comments and make `language: no` false."""
-    tags = theirs.get("tags") or []
-    tags = [tags] if isinstance(tags, str) else tags
-    wanted = {
-        **{key: value for key, value in ours.items() if theirs.get(key) is None},
-        "tags": [tag for tag in tags if tag not in TAGS] + ours["tags"],
+def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    record = config[RECORD]
+    own = config.get("model_type") == MODEL_TYPE
+    base_type = str(config["base_model_type"] if own else config.get("model_type"))
+    model_class = next(iter(config.get("architectures") or ()), None)
+    return {
+        "format": "own" if own else "stock",
+        "remote": "auto_map" in config,
+        "base_type": base_type,
+        "model_class": model_class,
+        "auto": _auto_class(base_type, model_class),
+        **{key: record[key] for key in ("norm", "p", "strategy")},
+        "sites": _rows(record["sites"]),
+        "centers": ", ".join(f"the {c['side']} of `{c['name']}`" for c in record["centers"]),
+        "widens": ", ".join(f"`{widen['name']}`" for widen in record["widens"]),
     }
-    updates = {key: value for key, value in wanted.items() if theirs.get(key) != value}
-    expected = {**theirs, **updates}
-    entries = re.split(r"(?m)^(?=[^\s#-])", block)
-    for i, entry in enumerate(entries):
-        key = entry.partition(":")[0].strip("'\" ")
-        if key in updates:
-            comments = re.findall(r"(?m)^#.*\n", entry)
-            entries[i] = yaml_dump({key: updates.pop(key)}, sort_keys=False) + "".join(comments)
-    if updates:
-        entries.append(yaml_dump(updates, sort_keys=False))
-    merged = "".join(entries)
-    try:
-        faithful = yaml.safe_load(merged) == expected
-    except yaml.YAMLError:
-        faithful = False
-    if not faithful:  # a spelling that cannot be cut at its top-level keys, such as {a: 1, b: 2}
-        merged = yaml_dump(expected, sort_keys=False)
-    return merged
 
 
-def _cells(site: Mapping[str, Any]) -> dict[str, Any]:
-    """One row of the plan, safe inside a Markdown table."""
-    texts = {key: str(site[key]) for key in ("class_name", "verdict", "reason")}
-    texts["name"] = str(site["name"]) or "(the model itself)"
-    return {key: text.replace("|", "\\|") for key, text in texts.items()}
+def _facts_of_run(run: Run) -> dict[str, Any]:
+    return {
+        "format": None,
+        "base_type": run.start.get("model_type"),
+        "model_class": run.start.get("model_class"),
+        **{key: run.arm[key] for key in ("norm", "strategy")},
+        "p": run.arm["p"] or 1.0,
+        "sites": _rows(run.sites),
+    }
+
+
+def _texts_of_run(run: Run) -> dict[str, Any]:
+    """What the template prints of a run beside its tables."""
+    git = run.environment["git"]
+    code = "not in a git checkout"
+    if git:
+        code = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+    start, data = run.start, run.data
+    if start.get("name"):
+        from_model = f"the trained model `{start['name']}`"
+    elif start.get("config_name"):
+        overrides = f" with {start['config_overrides']}" if start["config_overrides"] else ""
+        from_model = f"new weights (`{start['config_name']}`{overrides})"
+    else:
+        from_model = "not recorded"
+    text = _text_name(data) or "not recorded by name"
+    if data.get("fingerprint"):
+        text += f" (fingerprint of its tokens: {data['fingerprint']})"
+    if data.get("validation_blocks"):
+        text += f", scored on {data['validation_blocks']} blocks of {data['block_size']} tokens"
+    cells = {"ratio": _ratio, "step_ms": _step_ms, "memory": _memory}
+    return {"code": code, "start": from_model, "text": text, **cells}
+
+
+def _text_name(data: Mapping[str, Any]) -> str:
+    names = [data["dataset"]] if data.get("dataset") else data.get("files", ())
+    config = f" ({data['config']})" if data.get("config") else ""
+    return " and ".join(f"`{name}`" for name in names) + config
+
+
+def _ratio(speed: Mapping[str, Any], is_control: bool) -> str:
+    if is_control:
+        return "1"
+    return spread_text(speed["speed_ratio"], ".3f") if "speed_ratio" in speed else NOT_MEASURED
+
+
+def _memory(speed: Mapping[str, Any]) -> str:
+    peak = speed["peak_memory_bytes"]
+    return NOT_MEASURED if peak is None else f"{peak / 2**20:.0f}"
+
+
+def _step_ms(speed: Mapping[str, Any]) -> str:
+    return " / ".join(f"{1000 * speed[f'step_s_p{q}']:.1f}" for q in (10, 50, 90))
+
+
+def _eval_results(run: Run) -> list[EvalResult]:
+    """Every measured quality of this arm and of the unpatched control, with its spread."""
+    data = run.data
+    name = _text_name(data).replace("`", "") or "local text"
+    found = []
+    for row in run.results:
+        if not row.is_control and row.arm != run.arm:
+            continue
+        for moment, values in row.moments.items():
+            when = "before training" if moment == "before" else f"after {run.steps} steps"
+            for quality, spread in values.items():
+                if spread is None:
+                    continue
+                mark = "unpatched" if row.is_control else "patched"
+                found.append(
+                    EvalResult(
+                        task_type=SCRIPTS_TASK,
+                        dataset_type=data["dataset"] if data.get("is_local") is False else "text",
+                        dataset_name=name,
+                        dataset_config=data.get("config"),
+                        dataset_split="validation",
+                        metric_type=METRICS.get(quality, quality),
+                        metric_name=f"{quality.replace('_', ' ')}, {row.label}, {when}",
+                        metric_value=spread["median"],
+                        metric_args={
+                            RESULT_MARK: mark,
+                            "seeds": list(run.seeds),
+                            "min": spread["min"],
+                            "max": spread["max"],
+                        },
+                    )
+                )
+    return found
+
+
+def _rows(sites: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Rows of the plan, safe inside a Markdown table; equal ones of numbered layers are one."""
+    rows = [
+        {
+            "name": layer_pattern(str(site["name"])) or "(the model itself)",
+            **{key: str(site[key]) for key in ("class_name", "verdict", "reason")},
+        }
+        for site in sites
+    ]
+    unique = dict.fromkeys(tuple(row.items()) for row in rows)
+    return [{key: text.replace("|", "\\|") for key, text in row} for row in unique]
 
 
 def _auto_class(base_type: str, class_name: str | None) -> str:

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers.modelcard import TrainingSummary
 
 from hf_rmsnorm import PatchError
-from hf_rmsnorm.hub.cards import BEGIN, END, write_card
+from hf_rmsnorm.hub.card_merge import BEGIN, END
+from hf_rmsnorm.hub.cards import write_card
+from hf_rmsnorm.hub.runs import read_run
+
+ROOT = Path(__file__).parents[2]
 
 SITE = {
     "name": "h.*.ln_1",
@@ -50,7 +55,7 @@ def folder(path: Path, config: dict[str, Any], readme: str | None = None) -> Pat
 
 
 def metadata(text: str) -> dict[str, Any]:
-    return yaml.safe_load(text.split("---")[1])
+    return yaml.safe_load(text.replace("\r\n", "\n").split("---\n")[1])
 
 
 def test_the_own_format_says_what_loads_it_and_what_does_not(tmp_path: Path) -> None:
@@ -140,8 +145,8 @@ def test_odd_cards_are_merged_too(tmp_path: Path, readme: str) -> None:
     [
         (None, None, "no config.json"),
         ("{", None, "config.json is not JSON"),
-        ({"model_type": "gpt2"}, None, "no 'hf_rmsnorm' record"),
-        ({**OWN, "hf_rmsnorm": {**RECORD, "version": 99}}, None, "update the package"),
+        ({"model_type": "gpt2"}, None, "no usable 'hf_rmsnorm' record"),
+        ({**OWN, "hf_rmsnorm": {"version": 1}}, None, "no usable 'hf_rmsnorm' record"),
         (OWN, "---\na: [\n---\n", "cannot be read as a model card"),
         (OWN, "---\n- a\n---\n", "cannot be read as a model card"),
         (OWN, "text\n" + BEGIN + " -->\n", "once each"),
@@ -159,3 +164,142 @@ def test_what_cannot_be_merged_is_refused(
     with pytest.raises(PatchError, match=message):
         write_card(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_odd_but_legal_configs(tmp_path: Path) -> None:
+    empty = {**RECORD, "sites": []}
+    configs: list[dict[str, Any]] = [
+        {**OWN, "architectures": None},
+        {**OWN, "base_model_type": "a_type_from_the_future"},
+        {**STOCK, "architectures": ["SomebodysModel"]},
+        {**OWN, "hf_rmsnorm": {**empty, "centers": [], "widens": []}},
+        {**OWN, "hf_rmsnorm": {**empty, "sites": [{**SITE, "name": ""}]}},
+        {**OWN, "hf_rmsnorm": {**RECORD, "norm": "prmsnorm", "p": 1 / 3}},
+    ]
+    for config in configs:
+        text = write_card(folder(tmp_path, config)).read_text()
+        assert "hf_rmsnorm" in metadata(text)["tags"]
+        assert "None" not in text and "{{" not in text
+    assert "prmsnorm" in metadata(text)["tags"] and "pRMSNorm (p = 0.333333)" in text
+    centers = [{"name": "wte", "base": True, "side": "output", "key": None, "axis": -1}]
+    widens = [{"name": "h.*.mlp.up", "base": True, "down": "h.*.mlp.down"}]
+    more = {**RECORD, "centers": centers, "widens": widens}
+    text = write_card(folder(tmp_path, {**OWN, "hf_rmsnorm": more})).read_text()
+    assert "the mean at the output of `wte`" in text and "hidden unit each: `h.*.mlp.up`" in text
+
+
+def test_a_card_that_trainer_wrote_over_ours_gets_the_section_back(tmp_path: Path) -> None:
+    write_card(folder(tmp_path, OWN))
+    summary = TrainingSummary(
+        model_name="out",
+        license="mit",
+        tags=["generated_from_trainer"],
+        finetuned_from="openai-community/gpt2",
+        eval_results={"loss": 3.25},
+        dataset_tags=["some/text"],
+        dataset="Some text",
+        dataset_metadata=[{"name": "Some text", "type": "some/text"}],
+        tasks=["text-generation"],
+        source="trainer",
+    )
+    trainers = summary.to_model_card()
+    assert "3.25" in trainers
+    text = write_card(folder(tmp_path, OWN, trainers)).read_text()
+    body = trainers.partition("\n---\n")[2]
+    assert body.rstrip() in text and text.count(BEGIN) == 1
+    card, theirs = ModelCard(text), ModelCard(trainers)
+    assert card.data.tags == ["generated_from_trainer", "hf_rmsnorm", "rmsnorm", "custom_code"]
+    for key in ("base_model", "license", "model_name", "eval_results"):
+        assert card.data.get(key) == theirs.data.get(key)
+
+
+QUICKSTART = ROOT / "scripts/results/quickstart"
+
+
+def test_a_run_brings_its_numbers_and_those_of_the_control(tmp_path: Path) -> None:
+    results = json.loads((QUICKSTART / "results.json").read_text())
+    record = {**RECORD, "norm": "prmsnorm", "p": 0.0625}
+    path = write_card(
+        folder(tmp_path, {**OWN, "hf_rmsnorm": record}), run=QUICKSTART, base_model="some/gpt2"
+    )
+    card = ModelCard.load(path)
+    assert (card.data.base_model, card.data["base_model_relation"]) == ("some/gpt2", "finetune")
+    found = {result.metric_name: result for result in card.data.eval_results}
+    assert len(found) == len(card.data.eval_results) == 12
+    rows = {row["arm"]: row for row in results["quality"]}
+    for arm, label, mark in (
+        ("layernorm", "layernorm (unpatched)", "unpatched"),
+        ("prmsnorm:0.0625", "prmsnorm:0.0625", "patched"),
+    ):
+        for moment, when in (("before", "before training"), ("after", "after 60 steps")):
+            for quality in ("loss", "perplexity", "token_accuracy"):
+                result = found[f"{quality.replace('_', ' ')}, {label}, {when}"]
+                spread = rows[arm][f"{quality}_{moment}"]
+                assert result.metric_value == spread["median"]
+                assert result.metric_args["hf_rmsnorm"] == mark
+                assert result.metric_args["max"] == spread["max"]
+    assert results["environment"]["command"] in card.text
+    assert results["environment"]["date"] in card.text
+    assert f"{results['throughput']['rmsnorm']['inference']['tokens_per_s']:.0f}" in card.text
+    assert "its numbers are not of this folder's weights" in card.text.replace("\n", " ")
+    write_card(tmp_path)  # as a save does: other weights may lie there now
+    assert "Not measured" in path.read_text() and "model-index" not in path.read_text()
+
+
+def test_results_of_others_survive_ours(tmp_path: Path) -> None:
+    mine = {
+        "name": "mine",
+        "results": [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": "Mine", "type": "text", "split": "validation"},
+                "metrics": [{"type": "loss", "value": 1.5}],
+            }
+        ],
+    }
+    header = yaml.safe_dump({"model-index": [mine]}, sort_keys=False)
+    path = write_card(folder(tmp_path, OWN, f"---\n{header}---\nMine.\n"), run=QUICKSTART)
+    index = metadata(path.read_text())["model-index"]
+    assert index[0]["name"] == "mine" and index[0]["results"][0] == mine["results"][0]
+    assert len(index[0]["results"]) == 2
+    once = path.read_bytes()
+    assert write_card(tmp_path, run=QUICKSTART).read_bytes() == once
+    write_card(tmp_path)
+    assert metadata(path.read_text())["model-index"] == [mine]
+
+
+def test_what_a_run_cannot_say(tmp_path: Path) -> None:
+    checkpoint = folder(tmp_path, OWN)
+    results = json.loads((QUICKSTART / "results.json").read_text())
+    run = tmp_path / "run"
+    run.mkdir()
+    cases: list[tuple[Any, str | None, str]] = [
+        (results, "rmsnorm:exact", "has no arm 'rmsnorm:exact'; it has layernorm, rmsnorm"),
+        ({**results, "arms": results["arms"][:1] + results["arms"][3:]}, None, "belong together"),
+        ({**results, "quality": None}, None, r"results\.json is not what"),
+        ([], None, r"results\.json is not what"),
+    ]
+    with pytest.raises(PatchError, match=r"it has no all_results\.json or results\.json"):
+        write_card(checkpoint, run=run)
+    with pytest.raises(PatchError, match="there is no"):
+        write_card(checkpoint, run=run / "results.json")
+    for content, arm, message in cases:
+        (run / "results.json").write_text(json.dumps(content))
+        with pytest.raises(PatchError, match=message):
+            write_card(checkpoint, run=run, arm=arm)
+    assert not (checkpoint / "README.md").exists()
+    with pytest.raises(PatchError, match="several arms"):
+        read_run(QUICKSTART)
+
+
+def test_what_diverged_or_was_not_measured_is_said_so(tmp_path: Path) -> None:
+    results = json.loads((QUICKSTART / "results.json").read_text())
+    results["throughput"] = None
+    for row in results["quality"]:
+        if row["arm"] == "rmsnorm":
+            row.update(loss_after=None, perplexity_after=None, loss_difference=None)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = write_card(folder(tmp_path, OWN), run=tmp_path).read_text()
+    assert "| **rmsnorm** | 9 exact | 4.2696 | diverged | diverged | diverged |" in text
+    assert "Speed was not measured." in text
+    assert "loss, rmsnorm, after" not in text and "loss, rmsnorm, before" in text
