@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = models.patch_options(arm, patch_args, blocks) if arm.patched else {}
         return arm.apply(model, **options)
 
-    weights = models.fingerprint(models.load_model(model_args, config, tokenizer, seed=0))
+    unpatched = models.load_model(model_args, config, tokenizer, seed=0)
+    weights, start = models.fingerprint(unpatched), models.describe_start(model_args, unpatched)
+    del unpatched
     for arm in chosen:  # refuse an arm that cannot be built before hours are spent on the others
         accelerator.print(f"{arm}: {describe(build(arm, args.seeds[0]), arm)}")
 
@@ -120,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         outcome = {
             "environment": where,
             "settings": settings,
+            "start": start,
+            "data": data.describe(data_args, blocks),
             "arms": [arm.to_dict() for arm in chosen],
             "quality": report.quality_rows(runs),
             "throughput": timed,

@@ -22,7 +22,8 @@ Two processes on a CPU (`accelerate launch --cpu --num_processes 2` would start 
 
     accelerate launch --multi_gpu --num_processes 2 scripts/finetune_clm.py --cpu ...
 
-The output folder gets the model, its tokenizer and all_results.json, which is written last.
+The output folder gets the model, its tokenizer, all_results.json and, if it was patched, a
+model card with these results.
 Exit status 2 means that something in the request was wrong; the message says what.
 """
 
@@ -37,7 +38,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from harness import arms, checkpoints, data, errors, launch, models, results, training
+from harness import arms, checkpoints, data, errors, evaluation, launch, models, results, training
 from harness.args import (
     DataArguments,
     ModelArguments,
@@ -51,6 +52,7 @@ from harness.arms import Arm
 from harness.errors import ScriptError
 
 import hf_rmsnorm
+from hf_rmsnorm.hub.cards import write_card
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # The patch comes before the optimizer and before prepare, which may wrap or shard the model.
     model = models.load_model(model_args, config, tokenizer, run_args.seed)
+    facts = {
+        "seed": run_args.seed,
+        "start": models.describe_start(model_args, model),
+        "data": data.describe(data_args, blocks),
+        "training": training.fixed_arguments(train_args),
+        "eval_unpatched": None,
+    }
+    if arm.patched and model_args.model_name_or_path:
+        facts["eval_unpatched"] = evaluation.evaluate_unpatched(
+            accelerator, model, blocks, train_args.per_device_eval_batch_size
+        )
     model = arm.apply(model, **models.patch_options(arm, patch_args, blocks))
     if arm.patched:
         accelerator.print(hf_rmsnorm.patch_report(model))
@@ -135,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.print(f"before training: validation loss {before['loss']:.4f}")
     reset_peak_memory(accelerator)
     run.train(saver, accelerator.log if run_args.with_tracking else None, f"{arm}")
-    save(accelerator, run, arm, tokenizer, output_dir, argv)
+    save(accelerator, run, arm, tokenizer, output_dir, argv, facts)
     accelerator.end_training()
 
 
@@ -169,14 +182,16 @@ def save(
     tokenizer: Any,
     output_dir: Path,
     argv: Sequence[str] | None,
+    facts: dict[str, Any],
 ) -> None:
-    """The model, its tokenizer and, last, all_results.json."""
+    """The model, its tokenizer, all_results.json and, last, the card of a patched model."""
     accelerator.wait_for_everyone()
     models.save_model(accelerator, run.model, arm, output_dir)
     progress = run.progress
     before, final = progress.evaluations[0], progress.evaluations[-1]
     summary = {
         "arm": arm.to_dict(),
+        **facts,
         "train_loss": progress.history[-1]["loss"] if progress.history else None,
         "eval_loss": final["loss"],
         "perplexity": final["perplexity"],
@@ -196,6 +211,8 @@ def save(
     if accelerator.is_main_process:
         tokenizer.save_pretrained(output_dir)
         results.write_json(output_dir / "all_results.json", summary)
+        if arm.patched:
+            write_card(output_dir, run=output_dir)
     accelerator.print(
         f"{arm}: validation loss {before['loss']:.4f} -> {final['loss']:.4f}, "
         f"perplexity {final['perplexity']:.2f}; saved in {output_dir}"

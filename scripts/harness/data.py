@@ -61,6 +61,23 @@ class Data:
         return digest.hexdigest()[:16]
 
 
+def describe(args: DataArguments, blocks: Data) -> dict[str, Any]:
+    """The text of a run, for its card. Local files are named without their path."""
+    name = args.dataset_name
+    is_local = name is None or Path(name).exists()
+    files = (args.train_file, args.validation_file)
+    return {
+        "dataset": Path(name).name if name and is_local else name,
+        "config": args.dataset_config_name,
+        "is_local": is_local,
+        "files": [Path(file).name for file in files if file],
+        "fingerprint": blocks.fingerprint,
+        "block_size": blocks.block_size,
+        "training_blocks": len(blocks.train),
+        "validation_blocks": len(blocks.validation),
+    }
+
+
 class ShuffledOrder(Sampler[int]):
     """Every block once per epoch, in an order that depends on seed and epoch alone.
 

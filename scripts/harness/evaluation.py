@@ -7,9 +7,11 @@ from pathlib import Path
 
 import evaluate
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from harness.data import Data, eval_loader
 
 METRICS = Path(__file__).parent / "metrics"
 IGNORED = -100
@@ -30,6 +32,23 @@ def next_token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 def count_targets(labels: Tensor) -> Tensor:
     """How many tokens of each sequence are predicted."""
     return (labels[:, 1:] != IGNORED).sum(-1)
+
+
+def evaluate_unpatched(
+    accelerator: Accelerator, model: nn.Module, data: Data, batch_size: int
+) -> dict[str, float] | None:
+    """Quality of a model before it is patched and prepared; it comes back as it was.
+
+    None where every process has only a part of the model.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return None
+    home = next(model.parameters()).device
+    loader = accelerator.prepare_data_loader(eval_loader(data, batch_size))
+    with torch.random.fork_rng(devices=[]), accelerator.autocast():
+        quality = evaluate_model(accelerator, model.to(accelerator.device), loader)
+    model.to(home)
+    return quality
 
 
 @torch.no_grad()

@@ -159,6 +159,20 @@ def patch_options(arm: Arm, args: PatchArguments, data: Data) -> dict[str, Any]:
     return options
 
 
+def describe_start(args: ModelArguments, model: Any) -> dict[str, Any]:
+    """What a run starts from, for its card. Local folders are named without their path."""
+    name = args.model_name_or_path
+    is_local = None if name is None else Path(name).exists()
+    return {
+        "name": Path(name).name if name and is_local else name,
+        "is_local": is_local,
+        "config_name": args.config_name,
+        "config_overrides": args.config_overrides,
+        "model_class": type(model).__name__,
+        "model_type": model.config.model_type,
+    }
+
+
 def describe_patch(model: nn.Module, arm: Arm) -> dict[str, Any] | None:
     """The patch report as plain data; None for arms that patch nothing."""
     if not arm.patched:

@@ -11,6 +11,7 @@ from conftest import BLOCK, Assets, Script, read
 from harness import data, models
 from harness.args import DataArguments, ModelArguments
 from harness.arms import NORMS
+from huggingface_hub import ModelCard
 
 import hf_rmsnorm
 
@@ -60,6 +61,33 @@ def test_trained_model_is_saved_and_loads_as_what_it_is(
     if patched:
         kept = [site["name"] for site in patched["sites"] if site["verdict"] == "kept"]
         assert kept == (["transformer.ln_f"] if "--exclude" in flags else [])
+    assert (out / "README.md").exists() == (patched is not None)
+
+
+def test_the_card_has_the_run_and_the_unpatched_model(
+    finetune: Script, assets: Assets, tmp_path: Path
+) -> None:
+    out, control = tmp_path / "out", tmp_path / "control"
+    flags = ["--max_train_steps", "3"]
+    patched = ["--norm", "prmsnorm", "--p", "0.25"]
+    assert finetune(*patched, *flags, "--output_dir", str(out)) == 0
+    assert finetune(*flags, "--output_dir", str(control)) == 0
+    found = read(out / "all_results.json")
+    assert (
+        found["eval_unpatched"]["loss"]
+        == read(control / "all_results.json")["evaluations"][0]["loss"]
+    )
+    card = ModelCard.load(out / "README.md")
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["loss, layernorm (unpatched), before training"] == found["eval_unpatched"]["loss"]
+    assert values["loss, prmsnorm:0.25, before training"] == found["evaluations"][0]["loss"]
+    assert values["perplexity, prmsnorm:0.25, after 3 steps"] == found["perplexity"]
+    assert len(values) == 9
+    assert found["environment"]["date"] in card.text and "`text.txt`" in card.text
+    assert "not measured" in card.text, "the control was not trained beside it"
+    folder = str(assets.checkpoint.parent)
+    assert folder not in card.text.replace(found["environment"]["command"], "")
+    assert card.data.base_model is None, "a folder is no name on the Hub"
 
 
 @pytest.mark.parametrize("norm", list(NORMS))
