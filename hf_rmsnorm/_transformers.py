@@ -24,13 +24,13 @@ def connect() -> None:
     on_patched.append(_mark)
     on_unpatched.append(_unmark)
     if _AUTO in sys.modules:
-        _hub("configs").register()
+        _hub("configs")  # registers itself
     else:
         sys.meta_path.insert(0, _AfterImport())
 
 
 class _AfterImport(MetaPathFinder):
-    """Runs `register` after the first import of `_AUTO`, then is gone."""
+    """Imports `hub.configs` after the first import of `_AUTO`, then is gone."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -45,7 +45,7 @@ class _AfterImport(MetaPathFinder):
 
         def exec_and_register(module: ModuleType) -> None:
             execute(module)
-            _hub("configs").register()
+            _hub("configs")  # registers itself
 
         spec.loader.exec_module = exec_and_register  # type: ignore[method-assign]
         return spec
@@ -57,9 +57,9 @@ def _hub(module: str) -> Any:
 
 def _mark(model: nn.Module, plan: PatchPlan) -> None:
     if "transformers" in sys.modules:
-        _hub("configs").mark(model, plan)
+        _hub("marking").mark(model, plan)
 
 
 def _unmark(model: nn.Module) -> None:
     if "transformers" in sys.modules:
-        _hub("configs").unmark(model)
+        _hub("marking").unmark(model)

@@ -20,14 +20,19 @@ from .probing.postnorm import width_attributes
 
 def fold_weights(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
     """Write the folded weights into the model: in place, but for the few that get longer."""
+    widen_blocks(model, plan, changes)
+    for name, value in folded_weights(plan, lambda name: get_tensor(model, name)):
+        changes.write(model, name, value)
+
+
+def widen_blocks(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
+    """Make room for one more hidden unit in the blocks that the plan names."""
     for widen in plan.widens:
         for name, axis in widen.grown.items():
             changes.extend(model, name, axis)
         for name, attribute in width_attributes(model, widen):
             module, change = changes.open(model, name)
             set_attribute(module, change, attribute, getattr(module, attribute) + 1)
-    for name, value in folded_weights(plan, lambda name: get_tensor(model, name)):
-        changes.write(model, name, value)
 
 
 def folded_weights(

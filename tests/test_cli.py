@@ -43,7 +43,7 @@ def test_patch_then_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str])
     out = checkpoint.parent / "patched"
     assert main(["patch", str(checkpoint), str(out)]) == 0
     assert "written to" in capsys.readouterr().out
-    assert json.loads((out / "config.json").read_text())["model_type"] == "hf_rmsnorm"
+    assert json.loads((out / "config.json").read_text())["model_type"] == "gpt2"
     assert main(["verify", str(checkpoint), str(out)]) == 0
     assert "within" in capsys.readouterr().out
     direct = checkpoint.parent / "direct"

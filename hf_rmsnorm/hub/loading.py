@@ -2,90 +2,151 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import PatchError
 from ..patching import apply_plan
-from .configs import RECORD, check_record, config_class, from_record
+from . import saving
+from .configs import MODEL_TYPE, config_class
+from .exactness import Evidence, off_centre
+from .records import RECORD, check_record, config_file, folds_of, from_record
 
-_classes: dict[Any, type[PreTrainedModel]] = {}
+_model_classes: dict[Any, Any] = {}
 
 
-def model_class(base: Any) -> type[PreTrainedModel]:
-    """`base`, patched as its config says at the end of `__init__`.
+def model_class(base: Any) -> Any:
+    """`base`, patched as its config says at the end of `__init__`, and saved as what it is.
 
     The class keeps the name of `base`: pipelines, label smoothing and `architectures` go by it.
     """
-    if base in _classes:
-        return _classes[base]
+    if base not in _model_classes:
 
-    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        record = check_record(getattr(config, RECORD, None))
-        apply_plan(self, from_record(self, record))
+        def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+            base.__init__(self, config, *args, **kwargs)
+            where = config_file(config.name_or_path)
+            record = check_record(getattr(config, RECORD, None), where)
+            apply_plan(self, from_record(self, record, where))
 
-    def is_custom_code(cls: type) -> bool:
-        return False  # the checkpoint key conversions of `base` hold
+        def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+            saving.save_pretrained(self, base, *args, **kwargs)
 
-    members = {
-        "__init__": __init__,
-        "is_custom_code": classmethod(is_custom_code),
-        "config_class": config_class(base.config_class),
-        "__module__": __name__,
-        "__doc__": base.__doc__,
-    }
-    _classes[base] = type(base.__name__, (base,), members)
-    return _classes[base]
+        def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return saving.push_to_hub(self, *args, **kwargs)
+
+        def reduce(self: Any, protocol: Any) -> Any:
+            return new_model, (base,), *base.__reduce_ex__(self, protocol)[2:]
+
+        members = {
+            "__init__": __init__,
+            "is_custom_code": classmethod(lambda cls: False),  # key conversions of `base` hold
+            "_auto_class": None,
+            "config_class": config_class(base.config_class),
+            "save_pretrained": save_pretrained,
+            "push_to_hub": push_to_hub,
+            "__reduce_ex__": reduce,
+            "__module__": __name__,
+            "__doc__": base.__doc__,
+        }
+        _model_classes[base] = type(base.__name__, (base,), members)
+    return _model_classes[base]
 
 
-def __getattr__(name: str) -> Any:
-    """Lets pickle find the generated classes again."""
-    base = getattr(transformers, name, None)
-    if isinstance(base, type) and issubclass(base, PreTrainedModel):
-        return model_class(base)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def base_class(cls: Any) -> Any:
+    """The class that `model_class` made `cls` from, or `cls` itself."""
+    base = cls.__mro__[1]
+    return base if _model_classes.get(base) is cls else cls
+
+
+def new_model(base: Any) -> Any:
+    """An empty instance, for pickle and copy, which cannot find the generated classes by name."""
+    cls = model_class(base)
+    return cls.__new__(cls)
 
 
 def register_models(base: Any) -> None:
     """Register the patched class of every head of `base` with its Auto class."""
-    for auto in list(vars(modeling_auto).values()):
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is None or not hasattr(auto, "register") or base not in mapping:
-            continue
-        found = mapping[base]
-        for head in found if isinstance(found, tuple) else (found,):
-            auto.register(config_class(base), model_class(head), exist_ok=True)
+    for auto, head in list(saving.heads(base)):
+        auto.register(config_class(base), model_class(head), exist_ok=True)
 
 
 def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint with the class its config names, patched if it was saved patched.
 
-    Sugar over `AutoModelFor...from_pretrained`, for local folders and hub names.
+    Sugar over `AutoModelFor...from_pretrained`, for local folders and hub names. A checkpoint in
+    the stock format, which that would load as the LayerNorm model it equals, becomes the RMSNorm
+    model again.
 
     Args:
         path_or_repo: a folder written by `save_pretrained`, or a hub repository.
         kwargs: as for `AutoModel.from_pretrained`.
 
     Raises:
-        PatchError: a folder that is no checkpoint, or a patched checkpoint whose record is
-            missing, damaged, or does not fit.
+        PatchError: a folder that is no whole checkpoint, or a patched checkpoint whose record is
+            missing, damaged, or does not fit its weights.
         OSError: no such hub repository (from transformers).
     """
-    folder = Path(path_or_repo)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise PatchError(f"{folder} is not a checkpoint: it has no config.json")
+    _check_folder(Path(path_or_repo) / kwargs.get("subfolder", ""))
     hub = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
     config = AutoConfig.from_pretrained(
         path_or_repo, **{key: kwargs[key] for key in hub if key in kwargs}
     )
-    for name in config.architectures or ():
-        base = getattr(transformers, name, None)
-        if base is not None:
-            cls = model_class(base) if RECORD in config.__dict__ else base
-            return cls.from_pretrained(path_or_repo, config=config, **kwargs)
-    return transformers.AutoModel.from_pretrained(path_or_repo, **kwargs)
+    record, where = config.__dict__.get(RECORD), config_file(path_or_repo)
+    if record is not None:
+        check_record(record, where)
+    patched = type(config).model_type == MODEL_TYPE
+    bases = (getattr(transformers, name, None) for name in config.architectures or ())
+    base: Any = next((base for base in bases if base is not None), transformers.AutoModel)
+    if patched and base is not transformers.AutoModel:
+        base = model_class(base)
+    model = base.from_pretrained(path_or_repo, **kwargs)
+    if record is not None and not patched:
+        _patch_again(model, record, where)
+    return model
+
+
+def _patch_again(model: Any, record: dict[str, Any], where: str) -> None:
+    """The patch of a stock checkpoint, whose weights are folded already."""
+    plan, folds = from_record(model, record, where), folds_of(model, record, where)
+    if loose := off_centre(model, folds):
+        raise PatchError(
+            f"{where} says that the weights were folded for RMSNorm, but {loose[0]} is not centred "
+            "(any more): the checkpoint was trained as a LayerNorm model since. Load it with "
+            "transformers' AutoModel classes, and patch it again"
+        )
+    apply_plan(model, replace(plan, folds=()))
+    model.__dict__[saving.SAVED].evidence = Evidence(model, folds)
+
+
+def _check_folder(folder: Path) -> None:
+    """`PatchError` for a local folder that is no checkpoint, or half of one."""
+    if not folder.exists():
+        return  # a hub name, or transformers says what is wrong
+    if not (folder / "config.json").is_file():
+        raise PatchError(f"{folder} is not a checkpoint: it has no config.json")
+    for path in _weight_files(folder):
+        if not path.is_file():
+            raise PatchError(f"{path} is missing: {folder} was not written, or copied, to the end")
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise PatchError(f"{path} is damaged or incomplete ({error})") from None
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    for index in folder.glob("*.index*.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise PatchError(f"{index} is damaged ({error!r})") from None
+        yield from (folder / name for name in sorted(names))
+    yield from folder.glob("*.safetensors")

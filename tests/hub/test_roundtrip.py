@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import hf_rmsnorm
 from hf_rmsnorm import PartialRMSNorm, PatchError, patch_model, patch_report
+from hf_rmsnorm.hub.records import digest
 
 TOKENS = {"input_ids": torch.tensor([[5, 9, 2, 40, 11, 7]])}
 
@@ -109,7 +111,7 @@ def test_without_the_package_loading_fails_loudly(saved: tuple[Path, Tensor]) ->
         [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
     )
     assert run.returncode != 0
-    assert "model type `hf_rmsnorm`" in run.stderr
+    assert "trust_remote_code=True" in run.stderr
 
 
 def test_unpatched_models_in_the_same_process_are_untouched(saved: tuple[Path, Tensor]) -> None:
@@ -180,6 +182,10 @@ def edit(path: Path, **changes: object) -> None:
     (path / "config.json").write_text(json.dumps(data))
 
 
+def signed(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "digest": digest(record)}
+
+
 def test_damaged_records_are_refused(saved: tuple[Path, Tensor]) -> None:
     path, _ = saved
     record = json.loads((path / "config.json").read_text())["hf_rmsnorm"]
@@ -205,6 +211,9 @@ def test_damaged_records_are_refused(saved: tuple[Path, Tensor]) -> None:
                 load(path)
     wrong = [{**row, "name": row["name"].replace("ln_f", "norm")} for row in record["sites"]]
     edit(path, hf_rmsnorm={**record, "sites": wrong}, base_model_type="gpt2")
+    with pytest.raises(PatchError, match=r"model/config\.json was edited"):
+        hf_rmsnorm.from_pretrained(path)
+    edit(path, hf_rmsnorm=signed({**record, "sites": wrong}))
     with pytest.raises(PatchError, match=r"names 'transformer.norm', which this GPT2LMHeadModel"):
         hf_rmsnorm.from_pretrained(path)
 

@@ -1,0 +1,91 @@
+"""Making a patched model know what it is: its class, through which it saves, and its config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..plan import PatchPlan
+from .configs import MODEL_TYPE, config_class
+from .exactness import Evidence, may_be_stock
+from .loading import base_class, model_class
+from .records import RECORD, below, to_record
+from .saving import SAVED, Saved
+
+
+def mark(model: nn.Module, plan: PatchPlan) -> None:
+    """Give each pre-trained model inside `model` that the plan changes the class it would load as,
+    and the outermost ones a config that says so.
+
+    The config is copied first (other models may share it), and every module that held the old
+    object, or a part of it, gets the copy.
+    """
+    marked: list[str] = []
+    for prefix, part in list(_pretrained(model)):
+        inner = below(plan, prefix)
+        if not _changes_the_class(inner):
+            continue
+        record = to_record(part, inner)
+        evidence = Evidence(part, plan.folds) if not prefix and may_be_stock(plan) else None
+        part.__dict__[SAVED] = Saved(inner, record, evidence)
+        part.__class__ = model_class(base_class(type(part)))
+        inside = any(not outer or prefix.startswith(outer + ".") for outer in marked)
+        if inside or is_marked(part.config):
+            continue
+        marked.append(prefix)
+        config = _own_config(model, part)
+        config.base_model_type = config.__dict__["model_type"] = type(config).model_type
+        setattr(config, RECORD, record)
+        config.__class__ = config_class(type(config))
+
+
+def _changes_the_class(plan: PatchPlan) -> bool:
+    """Whether the stock class would compute something else than the patched modules.
+
+    A norm that was RMSNorm already is the stock architecture with a faster kernel.
+    """
+    return any(
+        site.verdict != "kept" and (plan.p < 1 or site.spec is None or site.spec.kind != "rmsnorm")
+        for site in plan.sites
+    )
+
+
+def unmark(model: nn.Module) -> None:
+    """Take `mark` back; what else was changed in the config since stays."""
+    for _, part in _pretrained(model):
+        if part.__dict__.pop(SAVED, None) is not None:
+            part.__class__ = base_class(type(part))
+        unmark_config(part.config)
+
+
+def unmark_config(config: Any) -> None:
+    """Make a marked config that of the stock architecture again."""
+    if is_marked(config):
+        for name in (RECORD, "base_model_type", "model_type", "auto_map"):
+            config.__dict__.pop(name, None)
+        config.__class__ = type(config).__mro__[1]
+
+
+def is_marked(config: Any) -> bool:
+    return type(config).model_type == MODEL_TYPE
+
+
+def _own_config(model: nn.Module, part: Any) -> Any:
+    """A copy of the config of `part`, which all its holders in `model` have instead from now on."""
+    copies: dict[int, Any] = {}
+    new = copy.deepcopy(part.config, copies)
+    for module in model.modules():
+        held = module.__dict__.get("config")
+        if id(held) in copies:
+            module.__dict__["config"] = copies[id(held)]
+    return new
+
+
+def _pretrained(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            yield name, module

@@ -1,0 +1,231 @@
+"""The patch record: what a config says about a patch, so that a reader can do it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import nn
+
+from ..errors import PatchError
+from ..plan import FORMAT_VERSION, PatchPlan, Site, layer_pattern, spec_from_dict
+from ..probing import Center, Fold
+from ..probing.facts import Widen
+
+RECORD = "hf_rmsnorm"  # the config's attribute
+
+KEYS = {"version", "norm", "p", "strategy", "sites", "centers", "widens", "digest"}
+
+
+def config_file(folder: object) -> str:
+    """What to call the file that a config was read from."""
+    return f"{folder}/config.json" if folder else "the config"
+
+
+def check_record(record: object, where: str = "the config") -> dict[str, Any]:
+    """`record`, after checks that need no model; `PatchError` naming the file `where` it is."""
+    if not isinstance(record, dict) or KEYS - record.keys():
+        raise PatchError(
+            f"{where} has no usable {RECORD!r} record: it was not written by hf_rmsnorm, or edited "
+            "since"
+        )
+    version = record["version"]
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise PatchError(
+            f"the {RECORD!r} record in {where} has version {version!r}, this hf_rmsnorm reads up "
+            f"to {FORMAT_VERSION}: update the package"
+        )
+    if record["digest"] != digest(record):
+        raise PatchError(
+            f"the {RECORD!r} record in {where} was edited since it was written (its digest does "
+            "not fit), so what the weights were trained with is not known: restore the file"
+        )
+    return record
+
+
+def digest(record: dict[str, Any]) -> str:
+    rest = {key: value for key, value in record.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] = ()) -> dict[str, Any]:
+    """What a reader of the checkpoint has to do again, as JSON-able data: the weights are folded
+    already, the swaps and centres are not in them, and the config has the blocks' stock width.
+
+    Names hold for every head on the same base model: relative to the base model where `"base"` is
+    true, to the model otherwise. Layer numbers become `*` where all layers agree.
+
+    Args:
+        folds: weights that must be centred for the record to hold: of a stock checkpoint, which
+            others may have trained since.
+    """
+
+    def relative(name: str) -> dict[str, Any]:
+        if model.base_model is model:
+            return {"name": name, "base": True}
+        short = name.removeprefix(f"{model.base_model_prefix}.")
+        return {"name": short, "base": short != name}
+
+    groups: dict[str, list[Site]] = {}
+    for site in plan.sites:
+        groups.setdefault(layer_pattern(site.name), []).append(site)
+    sites: list[dict[str, Any]] = []
+    for pattern, group in groups.items():
+        agree = all((s.verdict, s.spec) == (group[0].verdict, group[0].spec) for s in group)
+        for name, site in [(pattern, group[0])] if agree else [(s.name, s) for s in group]:
+            sites.append({**asdict(site), **relative(name)})
+    centers = [{**asdict(c), "serves": (), **relative(c.module)} for c in plan.centers]
+    for center in centers:
+        del center["module"]
+    widens = [
+        {**asdict(w), "down": relative(w.down)["name"], **relative(w.up)} for w in plan.widens
+    ]
+    for widen in widens:
+        del widen["up"], widen["norm"]
+    record = {
+        "version": FORMAT_VERSION,
+        "norm": plan.norm,
+        "p": plan.p,
+        "strategy": plan.strategy,
+        "sites": sites,
+        "centers": centers,
+        "widens": widens,
+    }
+    if folds:
+        rows = _fold_rows(model, folds)
+        record["folds"] = [{**relative(name), **row} for name, row in rows]
+    record = json.loads(json.dumps(record))  # tuples are lists, as a reader will see them
+    return {**record, "digest": digest(record)}
+
+
+def _fold_rows(model: nn.Module, folds: Iterable[Fold]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Folds as `(parameter, the rest)`, one for all layers where every layer has the same."""
+    tensors = Counter(map(layer_pattern, _tensors(model)))
+    groups: dict[tuple[str, Fold], list[str]] = {}
+    for fold in folds:
+        pattern = layer_pattern(fold.parameter)
+        alike = replace(fold, parameter=pattern, aliases=())
+        groups.setdefault((pattern, alike), []).append(fold.parameter)
+    for (pattern, fold), names in groups.items():
+        for name in [pattern] if len(set(names)) == tensors[pattern] else names:
+            row = asdict(fold)
+            del row["parameter"], row["aliases"]
+            yield name, row
+
+
+def _tensors(model: nn.Module) -> list[str]:
+    return [
+        *dict(model.named_parameters(remove_duplicate=False)),
+        *dict(model.named_buffers(remove_duplicate=False)),
+    ]
+
+
+def from_record(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
+    """The plan of `to_record` for `model`, which may have another head or other depth.
+
+    Raises:
+        PatchError: naming `where` the record is, if it and the model do not belong together.
+    """
+    modules = dict(model.named_modules())
+    names = _resolver(model, modules, where)
+    sites = []
+    for row in record["sites"]:
+        for name in names(row):
+            spec = spec_from_dict(row["spec"])
+            weight = getattr(modules[name], "weight", None)
+            if spec and weight is not None and spec.normalized_shape and row["verdict"] != "kept":
+                shape = tuple(weight.shape[-len(spec.normalized_shape) :])
+                if shape != spec.normalized_shape:
+                    raise PatchError(
+                        f"the patch record in {where} has {name} over {spec.normalized_shape}, the "
+                        f"{type(model).__name__} has it over {shape}: they do not belong together"
+                    )
+            sites.append(Site(name=name, spec=spec, **_rest(row, "spec")))
+    centers = tuple(
+        Center(module=name, **_rest(row)) for row in record["centers"] for name in names(row)
+    )
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    widens = tuple(
+        Widen("", name, down=(prefix if row["base"] else "") + row["down"], **_rest(row, "down"))
+        for row in record["widens"]
+        for name in names(row)
+    )
+    return PatchPlan(
+        norm=record["norm"],
+        p=record["p"],
+        strategy=record["strategy"],
+        sites=tuple(sites),
+        centers=centers,
+        widens=widens,
+    )
+
+
+def folds_of(model: Any, record: dict[str, Any], where: str) -> tuple[Fold, ...]:
+    """The weights of `model` that a stock checkpoint's record calls centred."""
+    if "folds" not in record:
+        raise PatchError(
+            f"the {RECORD!r} record in {where} does not say which weights are centred, so it "
+            "is not that of a stock checkpoint: the file was edited, or mixed from two"
+        )
+    names = _resolver(model, _tensors(model), where)
+
+    def blocks(row: dict[str, Any]) -> tuple[tuple[int, int], ...] | None:
+        return None if row["blocks"] is None else tuple((i, j) for i, j in row["blocks"])
+
+    return tuple(
+        Fold(parameter=name, blocks=blocks(row), **_rest(row, "blocks"))
+        for row in record["folds"]
+        for name in names(row)
+    )
+
+
+def _rest(row: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k not in ("name", "base", *left_out)}
+
+
+def _resolver(
+    model: Any, known: Iterable[str], where: str
+) -> Callable[[dict[str, Any]], list[str]]:
+    """Finds the names in `model` that a row of a record means."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    patterns = {name: layer_pattern(name) for name in known}
+
+    def names(row: dict[str, Any]) -> list[str]:
+        wanted = (prefix if row["base"] else "") + row["name"]
+        found = [name for name, pattern in patterns.items() if wanted in (name, pattern)]
+        if not found and row["base"] and row.get("verdict") != "kept":
+            raise PatchError(
+                f"the patch record in {where} names {wanted!r}, which this {type(model).__name__} "
+                "does not have: record and model do not belong together"
+            )
+        return found
+
+    return names
+
+
+def below(plan: PatchPlan, prefix: str) -> PatchPlan:
+    """The part of `plan` that concerns the module at `prefix`, with names relative to it."""
+    if not prefix:
+        return plan
+    start = prefix + "."
+    sites = (
+        replace(site, name=site.name.removeprefix(start))
+        for site in plan.sites
+        if site.name.startswith(start)
+    )
+    centers = (
+        replace(center, module=center.module.removeprefix(start))
+        for center in plan.centers
+        if center.module.startswith(start)
+    )
+    widens = (
+        replace(widen, up=widen.up.removeprefix(start), down=widen.down.removeprefix(start))
+        for widen in plan.widens
+        if widen.up.startswith(start) and widen.down.startswith(start)
+    )
+    return replace(plan, sites=tuple(sites), centers=tuple(centers), widens=tuple(widens))

@@ -1,0 +1,243 @@
+"""What `save_pretrained` and `push_to_hub` of a patched model do.
+
+A model that is still exact is written as the stock architecture, with the record in its config;
+any other under the `hf_rmsnorm` type, with a modeling file. Either goes to a folder beside the
+target first, so that a save that fails leaves the target as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..errors import PatchError
+from ..plan import PatchPlan
+from . import modeling
+from .configs import config_class
+from .exactness import Evidence
+from .records import RECORD, to_record
+
+SAVED = "_hf_rmsnorm_saved"  # attribute of each model inside a patched model
+
+_WEIGHTS = re.compile(
+    r"(?:model|pytorch_model)(?P<variant>\.[^.]+?)?(?:-\d{5}-of-\d{5})?"
+    r"\.(?:safetensors|bin)(?:\.index(?P<late_variant>\.[^.]+)?\.json)?"
+)
+
+
+@dataclass
+class Saved:
+    """What saving needs to know of a patched model.
+
+    Attributes:
+        plan: what was done to this model, names relative to it.
+        record: the same for the config.
+        evidence: what its exactness rests on; None where it cannot be stock: not exact, a part of
+            what was patched, or loaded from a checkpoint that was not.
+    """
+
+    plan: PatchPlan
+    record: dict[str, Any]
+    evidence: Evidence | None
+
+
+def save_pretrained(
+    model: Any,
+    base: type,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Any] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """As `PreTrainedModel.save_pretrained`, in a format that loads as what the model computes."""
+    native: Any = base.save_pretrained  # type: ignore[attr-defined]
+    if getattr(model, "_hf_peft_config_loaded", False):  # writes the adapter alone
+        native(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        return
+    target = Path(save_directory)
+    if target.exists() and not target.is_dir():
+        raise PatchError(f"{target} is a file: save_pretrained needs a folder")
+    saved: Saved = model.__dict__[SAVED]
+    stock = saved.evidence is not None and saved.evidence.holds(model, state_dict)
+    with _saving_config(model, base, saved, stock):
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            # nothing is written, or by all processes into one folder
+            native(model, target, is_main_process, state_dict, **kwargs)
+            return
+        upload = _prepare_upload(target, kwargs) if push_to_hub else None
+        with _staging(target) as staged:
+            if not stock and model.config.auto_map:
+                (staged / modeling.FILE).write_text(modeling.source(), encoding="utf-8")
+            native(model, staged, True, state_dict, **kwargs)
+            _write_card(staged, target)
+            before = model._get_files_timestamps(target) if target.exists() else {}
+            _replace(staged, target, kwargs.get("variant"))
+    if upload is not None:
+        model._upload_modified_files(target, files_timestamps=before, **upload)
+
+
+@contextmanager
+def _saving_config(model: Any, base: type, saved: Saved, stock: bool) -> Iterator[None]:
+    """The model with the config that is to be written, and as a class that writes its own code."""
+    from .marking import unmark_config
+
+    old, cls = model.config, type(model)
+    config = copy.deepcopy(old)
+    unmark_config(config)
+    if stock:
+        assert saved.evidence is not None
+        setattr(config, RECORD, to_record(model, saved.plan, saved.evidence.folds))
+    else:
+        native = type(config)
+        config.base_model_type = config.__dict__["model_type"] = native.model_type
+        setattr(config, RECORD, saved.record)
+        config.auto_map = auto_map(native)
+        config.__class__ = config_class(native)
+        if not config.auto_map:
+            warnings.warn(
+                f"transformers has no model of type {native.model_type!r}, so the saved checkpoint "
+                "loads as no class by itself: build the model, load the weights, and use "
+                "hf_rmsnorm.apply_plan with the plan of patch_report(model)",
+                stacklevel=4,
+            )
+    model.config = config
+    if stock and base.is_remote_code():  # type: ignore[attr-defined]
+        model.__class__ = base
+    try:
+        yield
+    finally:
+        model.config, model.__class__ = old, cls
+
+
+def heads(base: Any) -> Iterator[tuple[Any, Any]]:
+    """`(Auto class, model class)` of every head that transformers has for a config class."""
+    for auto in list(vars(modeling_auto).values()):
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is None or not hasattr(auto, "register") or base not in mapping:
+            continue
+        found = mapping[base]
+        for head in found if isinstance(found, tuple) else (found,):
+            if head.config_class is base:  # others take a part of the config
+                yield auto, head
+
+
+def auto_map(base: Any) -> dict[str, str]:
+    """The Auto classes and what each finds in the modeling file; empty for a type of one's own."""
+    if base.model_type not in CONFIG_MAPPING or CONFIG_MAPPING[base.model_type] is not base:
+        return {}
+    found = {"AutoConfig": f"{modeling.MODULE}.RMSNormAutoConfig"}
+    for auto, head in heads(base):
+        found.setdefault(auto.__name__, f"{modeling.MODULE}.{head.__name__}")
+    return found
+
+
+def _write_card(staged: Path, target: Path) -> None:
+    try:
+        from .cards import write_card
+    except ImportError:
+        return
+    if (target / "README.md").is_file():
+        shutil.copy2(target / "README.md", staged)
+    write_card(staged)
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A new folder on the same file system, gone at the end."""
+    parent = target.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    inside = target.is_dir() and (os.path.ismount(target) or not os.access(parent, os.W_OK))
+    place = target if inside else parent
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}.") as beside:
+        staged = Path(beside) / "staged"
+        staged.mkdir()
+        yield staged
+
+
+def _replace(staged: Path, target: Path, variant: str | None) -> None:
+    """Move what is in `staged` into `target`, in place of the checkpoint there; wholly or not.
+
+    `config.json` goes first and comes last: without it a folder is no checkpoint.
+    """
+    if not target.exists():
+        staged.rename(target)
+        return
+    backup = staged.parent / "backup"
+    backup.mkdir()
+    new = sorted((path.name for path in staged.iterdir()), key="config.json".__eq__)
+    old = {name for name in new if (target / name).exists()} | _stale(staged, target, variant)
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for name in sorted(old, key="config.json".__ne__):
+            moved.append((target / name, backup / name))
+            (target / name).replace(backup / name)
+        for name in new:
+            moved.append((staged / name, target / name))
+            (staged / name).replace(target / name)
+    except BaseException:
+        for source, destination in reversed(moved):
+            if destination.exists() and not source.exists():
+                destination.replace(source)
+        raise
+
+
+def _stale(staged: Path, target: Path, variant: str | None) -> set[str]:
+    """Files of the checkpoint in `target` that would make a mixture with the one in `staged`."""
+    stale = {modeling.FILE} & {path.name for path in target.iterdir()}
+    same = _kind(staged) == _kind(target)
+    for path in target.iterdir():
+        found = _WEIGHTS.fullmatch(path.name)
+        if found and not path.is_dir():
+            its_variant = (found["variant"] or found["late_variant"] or "").removeprefix(".")
+            if not same or its_variant == (variant or ""):
+                stale.add(path.name)
+    return stale
+
+
+def _kind(folder: Path) -> object:
+    """What a folder's config says about the patch: weights of another kind do not belong to it."""
+    try:
+        config = PreTrainedConfig.get_config_dict(folder)[0]
+    except (OSError, ValueError):
+        return None
+    return config.get("model_type"), config.get(RECORD)
+
+
+def _prepare_upload(target: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Create the repository; what is left in `kwargs` is for writing the files."""
+    from transformers.utils.hub import hf_api
+
+    names = ("private", "token", "repo_type", "exist_ok", "space_sdk")
+    repo = {name: kwargs[name] for name in names if name in kwargs}
+    repo_id = kwargs.pop("repo_id", target.name)
+    upload: dict[str, Any] = {
+        name: kwargs.pop(name)
+        for name in ("commit_message", "commit_description", "create_pr", "revision")
+        if name in kwargs
+    }
+    for name in repo:
+        kwargs.pop(name)
+    upload["repo_id"] = hf_api().create_repo(repo_id, **{**repo, "exist_ok": True}).repo_id
+    return {**upload, "token": repo.get("token")}
+
+
+def push_to_hub(model: Any, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> None:
+    """As `PreTrainedModel.push_to_hub`; the card says what the model is."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(
+            Path(folder) / repo_id.rpartition("/")[2], push_to_hub=True, repo_id=repo_id, **kwargs
+        )
