@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto import modeling_auto as autos
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..errors import PatchError
 from ..plan import layer_pattern
 from .card_merge import RESULT_MARK, merge
-from .configs import MODEL_TYPE, RECORD
+from .configs import MODEL_TYPE
+from .records import RECORD, check_record
 from .runs import NOT_MEASURED, Run, read_run, spread_text
 
 METRICS = {"perplexity": "perplexity", "token_accuracy": "accuracy"}  # names the Hub knows
-RECORD_KEYS = {"norm", "p", "strategy", "sites", "centers", "widens"}
 SCRIPTS_TASK = "text-generation"  # what scripts/ train and measure
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -32,6 +35,7 @@ def write_card(
     run: Path | None = None,
     arm: str | None = None,
     base_model: str | None = None,
+    start: str | None = None,
 ) -> Path:
     """Write the card of the checkpoint in `folder`, or bring the one that is there up to date.
 
@@ -44,6 +48,8 @@ def write_card(
         arm: which arm of a comparison; found by the checkpoint's record if not given.
         base_model: the Hub's name of the unpatched model; known to the run if it was loaded
             from the Hub.
+        start: the name or path that the model was loaded from, which is `base_model` if it is a
+            name on the Hub and the card there names no other.
 
     Raises:
         PatchError: no config, no valid record, a run that does not belong to it, or a README.md
@@ -52,7 +58,8 @@ def write_card(
     folder = Path(folder)
     config = read_config(folder)
     found = None if run is None else read_run(run, arm, config[RECORD])
-    return save_card(folder / "README.md", make_card(config, found, base_model), base_model)
+    card = make_card(config, found, base_model or _hub_name(start))
+    return save_card(folder / "README.md", card, base_model)
 
 
 def save_card(path: Path, card: ModelCard, base_model: str | None = None) -> Path:
@@ -74,10 +81,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PatchError(f"{folder} is not a checkpoint: it has no config.json") from None
     except ValueError as error:
         raise PatchError(f"{path} is not JSON: {error}") from None
-    record = config.get(RECORD) if isinstance(config, dict) else None
-    if not isinstance(record, dict) or RECORD_KEYS - record.keys():
-        raise PatchError(f"{path} has no usable {RECORD!r} record: it is not of a patched model")
+    check_record(config.get(RECORD) if isinstance(config, dict) else None, str(path))
     return config
+
+
+def _hub_name(start: str | None) -> str | None:
+    try:
+        validate_repo_id(start or "")
+    except HFValidationError:
+        return None
+    return None if Path(str(start)).exists() else start
 
 
 def make_card(
@@ -102,11 +115,7 @@ def make_card(
         base_model_relation=relation,
         library_name="transformers",
         pipeline_tag=_task(facts["base_type"], facts["model_class"]) if config else SCRIPTS_TASK,
-        tags=[
-            "hf_rmsnorm",
-            norm_tag,
-            *(["custom_code"] if facts["format"] == "own" else []),
-        ],
+        tags=["hf_rmsnorm", norm_tag, *(["custom_code"] if facts["format"] == "own" else [])],
     )
     norm_name = "RMSNorm" if facts["p"] == 1 else f"pRMSNorm (p = {facts['p']:g})"
     changed = [site["class_name"] for site in facts["sites"] if site["verdict"] != "kept"]
@@ -139,7 +148,8 @@ def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     model_class = next(iter(config.get("architectures") or ()), None)
     return {
         "format": "own" if own else "stock",
-        "remote": "auto_map" in config,
+        "remote": bool(config.get("auto_map")),
+        "known": base_type in CONFIG_MAPPING_NAMES,
         "base_type": base_type,
         "model_class": model_class,
         "auto": _auto_class(base_type, model_class),

@@ -106,10 +106,11 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
     base: Any = next((base for base in bases if base is not None), transformers.AutoModel)
     if patched and base is not transformers.AutoModel:
         base = model_class(base)
-    model = base.from_pretrained(path_or_repo, **kwargs)
+    loaded = base.from_pretrained(path_or_repo, **kwargs)
     if record is not None and not patched:
         _patch_again(model, record, where)
-    return model
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+    return loaded
 
 
 def _patch_again(model: Any, record: dict[str, Any], where: str) -> None:

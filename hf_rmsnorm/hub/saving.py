@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import PatchError
 from ..plan import PatchPlan
 from . import modeling
+from .cards import write_card
 from .configs import config_class
 from .exactness import Evidence
 from .records import RECORD, to_record
@@ -83,7 +84,7 @@ def save_pretrained(
             if not stock and model.config.auto_map:
                 (staged / modeling.FILE).write_text(modeling.source(), encoding="utf-8")
             native(model, staged, True, state_dict, **kwargs)
-            _write_card(staged, target)
+            _write_card(staged, target, model.name_or_path)
             before = model._get_files_timestamps(target) if target.exists() else {}
             _replace(staged, target, kwargs.get("variant"))
     if upload is not None:
@@ -145,14 +146,10 @@ def auto_map(base: Any) -> dict[str, str]:
     return found
 
 
-def _write_card(staged: Path, target: Path) -> None:
-    try:
-        from .cards import write_card
-    except ImportError:
-        return
+def _write_card(staged: Path, target: Path, start: str) -> None:
     if (target / "README.md").is_file():
         shutil.copy2(target / "README.md", staged)
-    write_card(staged)
+    write_card(staged, start=start)
 
 
 @contextmanager

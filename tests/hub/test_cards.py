@@ -14,6 +14,7 @@ from transformers.modelcard import TrainingSummary
 from hf_rmsnorm import PatchError
 from hf_rmsnorm.hub.card_merge import BEGIN, END
 from hf_rmsnorm.hub.cards import write_card
+from hf_rmsnorm.hub.records import digest
 from hf_rmsnorm.hub.runs import read_run
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,9 @@ STOCK = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "hf_rmsnorm
 
 def folder(path: Path, config: dict[str, Any], readme: str | None = None) -> Path:
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config))
+    record = config["hf_rmsnorm"]
+    signed = {**config, "hf_rmsnorm": {**record, "digest": digest(record)}}
+    (path / "config.json").write_text(json.dumps(signed))
     if readme is not None:
         (path / "README.md").write_bytes(readme.encode())
     return path
@@ -147,8 +150,10 @@ def test_odd_cards_are_merged_too(tmp_path: Path, readme: str) -> None:
         ("{", None, "config.json is not JSON"),
         ({"model_type": "gpt2"}, None, "no usable 'hf_rmsnorm' record"),
         ({**OWN, "hf_rmsnorm": {"version": 1}}, None, "no usable 'hf_rmsnorm' record"),
+        ({**OWN, "hf_rmsnorm": {**RECORD, "digest": "0"}}, None, "was edited since"),
         (OWN, "---\na: [\n---\n", "cannot be read as a model card"),
         (OWN, "---\n- a\n---\n", "cannot be read as a model card"),
+        (OWN, "---\nmodel-index: [1]\n---\n", "model-index is not as the Hub defines it"),
         (OWN, "text\n" + BEGIN + " -->\n", "once each"),
     ],
 )
@@ -156,8 +161,11 @@ def test_what_cannot_be_merged_is_refused(
     tmp_path: Path, config: Any, readme: str | None, message: str
 ) -> None:
     if config is not None:
-        text = config if isinstance(config, str) else json.dumps(config)
-        (tmp_path / "config.json").write_text(text)
+        if config is OWN:
+            folder(tmp_path, config)
+        else:
+            text = config if isinstance(config, str) else json.dumps(config)
+            (tmp_path / "config.json").write_text(text)
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
