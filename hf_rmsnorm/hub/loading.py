@@ -108,8 +108,8 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
         base = model_class(base)
     loaded = base.from_pretrained(path_or_repo, **kwargs)
     if record is not None and not patched:
-        _patch_again(model, record, where)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        _patch_again(model, record, where)
     return loaded
 
 
