@@ -1,4 +1,6 @@
-"""What `finetune_clm.py` and `compare.py` share.
+"""What the scripts share.
+
+Fine-tuning and comparing (`finetune_clm.py`, `compare.py`):
 
 args         command-line flags, as dataclasses
 errors       ScriptError and the exit status
@@ -14,4 +16,16 @@ throughput   tokens/s of several arms, interleaved
 results      JSON files, quantiles, environment
 report       Markdown
 plots        PNG
+
+Benchmarks and `gpu_check.py`, which need torch and transformers alone:
+
+benchmark       timing providers against each other, in turns
+norms           the norms that bench_ops times, and the check each must pass first
+sized_models    models of any size with random weights, for bench_models
+goals           what must be reached, and whether rows of a benchmark show it
+kernel_grid     one case of the norms against float64
+kernel_checks   all checks of gpu_check, and its worker process
+gpu_launching   checks of graphs, streams, repeats, kept kernels
+gpu_behaviour   checks of everything else that wants a GPU
+children        child processes with a deadline
 """

@@ -30,6 +30,7 @@ from harness.kernel_grid import VARIANTS, Finding, Variant, case, poisoned
 from hf_rmsnorm import ops
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = (BF16, FP32, FP16)
 # one of every tile, both sides of every limit, and widths of real models
 WIDTHS = (
     *(1, 7, 16, 17, 64, 100, 128, 255, 256, 511, 512, 513, 640, 768, 1000, 1024, 1536, 2048, 2560),
@@ -80,9 +81,9 @@ def on_gpu() -> list[Check]:
         grid("few rows", rows, hidden, BF16, MIXED)
     for rows, hidden in ((1_000_003, 64), (100_003, 768)):
         grid("many rows", rows, hidden, BF16, "add")
-    names = list(VARIANTS)  # in steps of five: widths get different ones, and dtypes all of them
-    for i, (hidden, dtype) in enumerate(itertools.product(WIDTHS, (BF16, FP32, FP16))):
-        grid("widths", rows_for(hidden), hidden, dtype, names[5 * i % len(names)])
+    names = list(VARIANTS)  # each width gets three of them, and each dtype gets all
+    for (i, hidden), (j, dtype) in itertools.product(enumerate(WIDTHS), enumerate(DTYPES)):
+        grid("widths", rows_for(hidden), hidden, dtype, names[(5 * i + 4 * j) % len(names)])
     return found
 
 
