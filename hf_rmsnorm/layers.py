@@ -85,7 +85,6 @@ def _normalise(module: Any, x: Tensor, reads: tuple[str, ...]) -> Tensor:
     )
 
 
-@torch.compiler.assume_constant_result
 def _formula(cls: type[nn.Module], reads: tuple[str, ...]) -> _Formula | None:
     """The formula of `cls`, read at its first call; None where its own `forward` has to run."""
     key = cls, reads
@@ -97,6 +96,10 @@ def _formula(cls: type[nn.Module], reads: tuple[str, ...]) -> _Formula | None:
             logger.warning("%s keeps its own forward: %s", cls.__name__, found)
         _formulas[key] = None if isinstance(found, str) else found
     return _formulas[key]
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler right away.
+_formula._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _read(cls: type[nn.Module], reads: tuple[str, ...]) -> _Formula | str:

@@ -180,11 +180,11 @@ def check(name: str, tree: ast.Module) -> None:
                     f"{PACKAGE.name}/{name} imports {module}; a kernel may import the standard "
                     "library, torch, triton, and its own files by relative imports"
                 )
-        text = node.value if isinstance(node, ast.Constant) else None
-        if isinstance(text, str) and re.match(rf"{PACKAGE.name}\w*::", text):
+        said = getattr(node, "value" if isinstance(node, ast.Constant) else "attr", None)
+        if isinstance(said, str) and re.match(rf"{PACKAGE.name}\w*(::|$)", said):
             raise ScriptError(
-                f"{PACKAGE.name}/{name} has an operator named {text!r}; take the part before :: "
-                "from the first part of __name__"
+                f"{PACKAGE.name}/{name} names {said!r}: operators must be "
+                "under the first part of __name__, which differs for each version of a kernel"
             )
 
 

@@ -24,7 +24,7 @@ from norm_truth import assert_as_close_as, run, sizes_of_terms, statistic_size, 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_rmsnorm import functional, layers
+from hf_rmsnorm import RMSNorm, functional, layers, patch_model, patch_report, unpatch_model
 from hf_rmsnorm.hub.kernels import LAYER_NAMES, mapping, register
 
 HIDDEN = 40
@@ -176,6 +176,18 @@ def test_a_kernelized_model_compiles_without_a_break(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         torch.testing.assert_close(compiled(IDS).logits, llama()(IDS).logits)
     assert list(layers._formulas) == [(LlamaRMSNorm, ("weight",))]
+
+
+@pytest.mark.usefixtures("llama_adopts")
+def test_patching_takes_a_kernelized_model_and_gives_it_back() -> None:
+    model = kernelized(llama())
+    expected = model(IDS).logits
+    assert patch_report(patch_model(model)).plan.count("exact") == 5
+    kernelized(model)  # no longer adopts anything
+    assert type(model.model.norm) is RMSNorm and "forward" not in vars(model.model.norm)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    unpatch_model(model)
+    assert type(model.model.norm) is LlamaRMSNorm and bound(model.model.norm)
 
 
 class OffsetNorm(LlamaRMSNorm):

@@ -179,7 +179,8 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     [
         ("import numpy.linalg", r"functional\.py imports numpy\.linalg"),
         ("from hf_rmsnorm import ops", r"functional\.py imports hf_rmsnorm"),
-        ("NAME = 'hf_rmsnorm::forward'", "an operator named 'hf_rmsnorm::forward'"),
+        ("NAME = 'hf_rmsnorm::forward'", "names 'hf_rmsnorm::forward'"),
+        ("call = torch.ops.hf_rmsnorm.forward", "names 'hf_rmsnorm': operators"),
     ],
 )
 def test_what_a_kernel_may_not_do_is_refused(
