@@ -6,22 +6,22 @@ equation 4 (RMSNorm) and section 3.2 (pRMSNorm).
 
 from __future__ import annotations
 
+import functools
 import math
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import ops
-from .ops import reference
+from .ops import compiling, reference
+from .ops.autograd import AddRMSNormFunction, RMSNormFunction, is_plain
 from .ops.reference import Formula
 
 Casting = Literal["gemma", "llama"]
+CompiledBody = Literal["auto", "kernel", "torch"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def statistic_size(hidden: int, p: float) -> int:
@@ -51,6 +51,7 @@ def rms_norm(
     p: float = 1.0,
     weight_offset: float = 0.0,
     casting: Casting = "gemma",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Root mean square normalisation over the last dimension.
 
@@ -70,6 +71,7 @@ def rms_norm(
         casting: `"gemma"` rounds once, at the end, to x's dtype. `"llama"` rounds the normalised
             value to x's dtype before the weight multiplies it, and returns
             `torch.promote_types(x.dtype, weight.dtype)`.
+        out_dtype: of the result, instead of what `casting` says; rounded to once, from float32.
 
     Returns:
         `(..., hidden)`, contiguous. Differentiable any number of times.
@@ -84,8 +86,10 @@ def rms_norm(
         >>> rms_norm(x, eps=0.0) * (12.5 ** 0.5)
         tensor([[3., 4.]])
     """
-    formula = _checked(x, weight, bias, eps, p, weight_offset, casting)
-    if not _is_plain_eager(x, weight, bias):
+    formula = _checked(x, weight, bias, eps, p, weight_offset, casting, out_dtype)
+    if torch.compiler.is_compiling():
+        return compiling.rms_norm(x, weight, bias, formula)
+    if not is_plain(x, weight, bias):
         return reference.normalise(x, weight, bias, formula)[0]
     backend = ops.backend_for(x)
     if backend is ops.cpu_backend:
@@ -93,7 +97,7 @@ def rms_norm(
         if y is not None:
             return y
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
-        return _RMSNorm.apply(x, weight, bias, formula, backend)
+        return RMSNormFunction.apply(x, weight, bias, formula, backend)
     return backend.forward(x, None, weight, bias, formula, save_rstd=False)[0]
 
 
@@ -107,6 +111,7 @@ def add_rms_norm(
     p: float = 1.0,
     weight_offset: float = 0.0,
     casting: Casting = "gemma",
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`summed = x + residual` and `normed = rms_norm(summed, ...)`, in one pass over memory.
 
@@ -114,6 +119,7 @@ def add_rms_norm(
         x, residual: `(..., hidden)`, of the same shape; `summed` has the dtype PyTorch promotes
             the two to, and is rounded to it before it is normalised.
         weight, bias, eps, p, weight_offset, casting: as in `rms_norm`.
+        out_dtype: of `normed`, as in `rms_norm`.
 
     Returns:
         `(normed, summed)`, both `(..., hidden)` and contiguous.
@@ -121,9 +127,11 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: as `rms_norm`; also if `residual` differs in shape or device.
     """
-    formula = _checked(x, weight, bias, eps, p, weight_offset, casting)
+    formula = _checked(x, weight, bias, eps, p, weight_offset, casting, out_dtype)
     _check_residual(x, residual)
-    if not _is_plain_eager(x, residual, weight, bias):
+    if torch.compiler.is_compiling():
+        return compiling.add_rms_norm(x, residual, weight, bias, formula)
+    if not is_plain(x, residual, weight, bias):
         normed, summed, _ = reference.forward(x, residual, weight, bias, formula, save_rstd=False)
         return normed, summed
     backend = ops.backend_for(x)
@@ -132,109 +140,33 @@ def add_rms_norm(
         if pair is not None:
             return pair
     if torch.is_grad_enabled() and _any_requires_grad(x, residual, weight, bias):
-        return _AddRMSNorm.apply(x, residual, weight, bias, formula, backend)
+        return AddRMSNormFunction.apply(x, residual, weight, bias, formula, backend)
     normed, summed, _ = backend.forward(x, residual, weight, bias, formula, save_rstd=False)
     return normed, summed
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        formula: Formula,
-        backend: ModuleType,
-    ) -> Tensor:
-        y, _, rstd = backend.forward(x, None, weight, bias, formula, save_rstd=True)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.formula, ctx.backend = formula, backend
-        ctx.bias_grad = _dtype_if(ctx.needs_input_grad[2], bias)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *_gradients(ctx, dy, None, weight_grad=ctx.needs_input_grad[1]), None, None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        formula: Formula,
-        backend: ModuleType,
-    ) -> tuple[Tensor, Tensor]:
-        normed, summed, rstd = backend.forward(x, residual, weight, bias, formula, save_rstd=True)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(summed, weight, rstd)
-        ctx.formula, ctx.backend = formula, backend
-        ctx.dtypes = x.dtype, residual.dtype
-        ctx.bias_grad = _dtype_if(ctx.needs_input_grad[3], bias)
-        return normed, summed
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if dnormed is None:
-            dsum, dweight, dbias = dsummed, None, None
-        else:
-            weight_grad = ctx.needs_input_grad[2]
-            dsum, dweight, dbias = _gradients(ctx, dnormed, dsummed, weight_grad=weight_grad)
-        if dsum is None:
-            return (None,) * 6
-        dx, dresidual = (dsum.to(dtype) for dtype in ctx.dtypes)
-        return dx, dresidual, dweight, dbias, None, None
-
-
-def _gradients(
-    ctx: Any, dy: Tensor, dsummed: Tensor | None, *, weight_grad: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    x, weight, rstd = ctx.saved_tensors
-    backend = ctx.backend
-    if torch.is_grad_enabled():  # create_graph=True: the gradient itself will be differentiated
-        backend, rstd = reference, None
-    elif not _is_plain_eager(dy, dsummed):
-        backend = reference
-    return backend.backward(
-        dy,
-        dsummed,
-        x,
-        weight,
-        rstd,
-        ctx.formula,
-        weight_grad=weight_grad,
-        bias_grad=ctx.bias_grad,
-    )
-
-
-def _dtype_if(wanted: bool, t: Tensor | None) -> torch.dtype | None:
-    return t.dtype if wanted and t is not None else None
-
-
-def _is_plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may see the raw memory: nothing is tracing, transforming or wrapping it."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    ):
-        return False
-    for t in tensors:
-        if t is not None and not (type(t) in _PLAIN_TYPES and torch._C._has_storage(t)):
-            return False
-    return True
-
-
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def set_compiled_body(body: CompiledBody) -> None:
+    """What the norms become under `torch.compile`, from the next compilation on.
+
+    `"kernel"`: the op of `hf_rmsnorm.ops.library`, which runs the same kernel as eager calls.
+    `"torch"`: plain PyTorch, which the compiler may fuse with what stands before and after.
+    `"auto"`: what is known to be faster on the device: the kernel on CPUs (measured), plain PyTorch
+    on GPUs (not measured; Inductor fuses the neighbours, and its backward of this norm was the
+    fastest of those published).
+
+    Where there is no kernel, and for exports, `torch.func`, forward-mode derivatives and tensor
+    subclasses, it is plain PyTorch in any case.
+
+    Raises:
+        ValueError: another word.
+    """
+    if body not in compiling.BODIES:
+        raise ValueError(f"body must be one of {', '.join(compiling.BODIES)}; got {body!r}")
+    compiling.body = body
 
 
 def _checked(
@@ -245,37 +177,65 @@ def _checked(
     p: float,
     weight_offset: float,
     casting: str,
+    out_dtype: torch.dtype | None,
 ) -> Formula:
-    _check_floats("x", x)
-    if x.dim() == 0:
+    """On the path of every call: what is wrong is worded elsewhere."""
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+        _refuse("x", x)
+    vector = x.shape[-1:]
+    if not vector:
         raise ValueError("x must have at least one dimension, (..., hidden); got a scalar")
-    hidden = x.shape[-1]
-    if hidden == 0:
+    if not vector[0]:
         raise ValueError(
             f"x has an empty last dimension, shape {tuple(x.shape)}; hidden must be >= 1"
         )
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        _check_floats(name, t)
-        if t.dim() != 1 or t.shape[0] != hidden:
-            raise ValueError(
-                f"{name} must have shape ({hidden},), the last dimension of x {tuple(x.shape)}; "
-                f"got {tuple(t.shape)}"
-            )
-        if t.device != x.device:
-            raise ValueError(
-                f"{name} is on {t.device} but x is on {x.device}; move one with .to(device)"
-            )
+    for t in (weight, bias):
+        if t is not None and not (
+            isinstance(t, Tensor)
+            and t.dtype in _FLOATS
+            and t.shape == vector
+            and t.device == x.device
+        ):
+            _refuse_vector("weight" if t is weight else "bias", t, x)
+    make = _formula.__wrapped__ if torch.compiler.is_compiling() else _formula
+    return make(vector[0], eps, p, weight_offset, casting, out_dtype)
+
+
+@functools.lru_cache(1024)
+def _formula(
+    hidden: int,
+    eps: float,
+    p: float,
+    weight_offset: float,
+    casting: str,
+    out_dtype: torch.dtype | None,
+) -> Formula:
     if not eps >= 0.0:
         raise ValueError(f"eps must be >= 0, got {eps!r}")
     if casting not in ("gemma", "llama"):
         raise ValueError(f'casting must be "gemma" or "llama", got {casting!r}')
-    return Formula(statistic_size(hidden, p), eps, weight_offset, casting == "llama")
+    if out_dtype is not None and out_dtype not in _FLOATS:
+        raise TypeError(
+            f"out_dtype must be float32, float64, float16, bfloat16 or None, got {out_dtype!r}"
+        )
+    return Formula(statistic_size(hidden, p), eps, weight_offset, casting == "llama", out_dtype)
+
+
+def _refuse_vector(name: str, t: Tensor, x: Tensor) -> None:
+    if not isinstance(t, Tensor) or t.dtype not in _FLOATS:
+        _refuse(name, t)
+    hidden = x.shape[-1]
+    if t.shape != (hidden,):
+        raise ValueError(
+            f"{name} must have shape ({hidden},), the last dimension of x {tuple(x.shape)}; "
+            f"got {tuple(t.shape)}"
+        )
+    raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move one with .to(device)")
 
 
 def _check_residual(x: Tensor, residual: Tensor) -> None:
-    _check_floats("residual", residual)
+    if not isinstance(residual, Tensor) or residual.dtype not in _FLOATS:
+        _refuse("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}; "
@@ -287,11 +247,10 @@ def _check_residual(x: Tensor, residual: Tensor) -> None:
         )
 
 
-def _check_floats(name: str, t: Tensor) -> None:
+def _refuse(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.dtype not in _FLOATS:
-        raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {t.dtype}; "
-            "cast it with .float() or .to(dtype)"
-        )
+    raise TypeError(
+        f"{name} must be float32, float64, float16 or bfloat16, got {t.dtype}; "
+        "cast it with .float() or .to(dtype)"
+    )

@@ -131,19 +131,6 @@ class Block(nn.Module):
         return rms_norm(normed, self.weight, casting="llama") + summed
 
 
-@pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
-def test_compiles_without_graph_breaks(mode: str) -> None:
-    block, x, dy = Block(), torch.randn(5, 12), torch.randn(5, 12)
-    compiled = torch.compile(block, fullgraph=True, backend=mode)
-    results = []
-    for function in (block, compiled):
-        leaf = x.clone().requires_grad_()
-        y = function(leaf)
-        results.append((y, *torch.autograd.grad(y, [leaf, block.weight, block.bias], dy)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_exports() -> None:
     block, x = Block(), torch.randn(5, 12)
     rows = torch.export.Dim("rows", min=2)
