@@ -1,4 +1,4 @@
-"""`hf-rmsnorm`: inspect, patch and verify checkpoints from the command line."""
+"""`hf-rmsnorm`: inspect, patch, verify, describe and upload checkpoints from the command line."""
 
 from __future__ import annotations
 
@@ -87,6 +87,45 @@ def verify(arguments: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+def card(arguments: argparse.Namespace) -> int:
+    """Write the model card of a checkpoint, of a run, or of both."""
+    from .hub.cards import make_card, read_config, save_card
+    from .hub.runs import FILES, read_run
+
+    source = Path(arguments.run_dir)
+    checkpoint = source if arguments.checkpoint is None else Path(arguments.checkpoint)
+    config = run = None
+    if arguments.checkpoint is not None or (source / "config.json").is_file():
+        config = read_config(checkpoint)
+    if config is None or checkpoint != source or any((source / name).is_file() for name in FILES):
+        run = read_run(source, arguments.arm, config["hf_rmsnorm"] if config else None)
+    if config is None and arguments.out is None:
+        raise PatchError(
+            f"{source} kept no checkpoint: name the folder of one with --checkpoint, or a file to "
+            "write with --out"
+        )
+    out = checkpoint / "README.md" if arguments.out is None else Path(arguments.out)
+    print(save_card(out, make_card(config, run, arguments.base_model), arguments.base_model))
+    return 0
+
+
+def push(arguments: argparse.Namespace) -> int:
+    """Upload a checkpoint that loads and whose card is right."""
+    from .hub.push import push
+
+    url = push(
+        arguments.folder,
+        arguments.repo,
+        private=arguments.private or None,
+        revision=arguments.revision,
+        commit_message=arguments.commit_message,
+        exclude=arguments.exclude,
+        trust_remote_code=arguments.trust,
+    )
+    print(url)
+    return 0
+
+
 def env(arguments: argparse.Namespace) -> int:
     """Print what a bug report needs."""
     names = ("hf_rmsnorm", "torch", "triton", "transformers", "accelerate", "kernels", "peft")
@@ -146,12 +185,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    loading = argparse.ArgumentParser(add_help=False)
-    loading.add_argument("model", help="checkpoint folder or hub name")
-    loading.add_argument("--dtype", default="auto", help="dtype to load in (default: as saved)")
-    loading.add_argument(
+    trusting = argparse.ArgumentParser(add_help=False)
+    trusting.add_argument(
         "--trust-remote-code", dest="trust", action="store_true", help="run the repository's code"
     )
+    loading = argparse.ArgumentParser(add_help=False, parents=[trusting])
+    loading.add_argument("model", help="checkpoint folder or hub name")
+    loading.add_argument("--dtype", default="auto", help="dtype to load in (default: as saved)")
 
     patching = argparse.ArgumentParser(add_help=False)
     patching.add_argument("--norm", choices=NORMS, default="rmsnorm", help="default: rmsnorm")
@@ -194,6 +234,32 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--precision", choices=("float64", "float32"), default="float64")
     command.add_argument("--tolerance", type=float, default=1e-5, help="default: %(default)s")
     command.set_defaults(run=verify)
+
+    command = commands.add_parser(
+        "card", help="write the model card of a checkpoint, with the results of a run"
+    )
+    command.add_argument(
+        "run_dir", help="what finetune_clm.py or compare.py wrote, or just a patched checkpoint"
+    )
+    command.add_argument(
+        "--checkpoint",
+        help="the patched checkpoint, if it is not the run's; its README.md is merged",
+    )
+    command.add_argument("--arm", help="arm of a comparison (default: the checkpoint's)")
+    command.add_argument("--base-model", help="hub name of the model that was patched")
+    command.add_argument("--out", help="write this file, not the checkpoint's README.md")
+    command.set_defaults(run=card)
+
+    command = commands.add_parser(
+        "push", parents=[trusting], help="upload a checkpoint, after checking that it loads"
+    )
+    command.add_argument("folder", help="checkpoint folder")
+    command.add_argument("repo", help="hub name, USER/NAME")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--revision", help="branch to upload to, made if it does not exist")
+    command.add_argument("--commit-message", "--commit_message", help="what the commit says")
+    command.add_argument("--exclude", nargs="+", metavar="GLOB", help="files to leave out")
+    command.set_defaults(run=push)
 
     command = commands.add_parser("env", help="versions and backends, for bug reports")
     command.set_defaults(run=env)
