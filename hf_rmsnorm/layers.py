@@ -89,7 +89,11 @@ def _formula(cls: type[nn.Module], reads: tuple[str, ...]) -> _Formula | None:
     """The formula of `cls`, read at its first call; None where its own `forward` has to run."""
     key = cls, reads
     if key not in _formulas:
-        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        if (
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or torch.jit.is_tracing()
+        ):
             return None  # tensors made here would be traced or wrapped: read at the next call
         found = _read(cls, reads)
         if isinstance(found, str):
@@ -128,9 +132,14 @@ def _stand_in(cls: type[nn.Module], reads: tuple[str, ...]) -> Any:
         if name == "p":
             vars(module)["p"] = 1.0
         else:
-            module._parameters[name] = nn.Parameter(torch.linspace(0.5, 1.5, _HIDDEN))
+            module._parameters[name] = nn.Parameter(_values(0.5, 1.5, _HIDDEN))
     vars(module).update(_EPS)
     return module
+
+
+def _values(low: float, high: float, count: int) -> Tensor:
+    """Whatever the caller's default dtype and device are."""
+    return torch.linspace(low, high, count, dtype=torch.float32, device="cpu")
 
 
 def _data_attributes(cls: type[nn.Module], known: set[str]) -> list[str]:
@@ -149,7 +158,7 @@ def _data_attributes(cls: type[nn.Module], known: set[str]) -> list[str]:
 @torch.no_grad()
 def _takes_its_share(module: Any, formula: _Formula, eps: float) -> bool:
     module.p = 0.3
-    x = torch.linspace(-2.0, 3.0, 4 * _HIDDEN).view(4, _HIDDEN)
+    x = _values(-2.0, 3.0, 4 * _HIDDEN).view(4, _HIDDEN)
     y = functional.rms_norm(
         x,
         module.weight,

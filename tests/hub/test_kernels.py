@@ -22,6 +22,7 @@ import transformers
 from kernels import Mode, kernelize, use_kernel_mapping
 from norm_truth import assert_as_close_as, run, sizes_of_terms, statistic_size, true_norm
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_rmsnorm import RMSNorm, functional, layers, patch_model, patch_report, unpatch_model
@@ -309,6 +310,22 @@ def test_biased_and_partial_norms_have_names_of_their_own(
     x = torch.randn(3, HIDDEN)
     torch.testing.assert_close(kernelized(module)(x), cls.forward(module, x))
     assert [call["p"] for call in calls if call["p"] != 0.3 or call["eps"] == 0.1] == [p]
+
+
+def test_reading_a_class_leaves_the_callers_surroundings_alone(calls: list[dict]) -> None:
+    module = kernelized(randomised(adopt(Partial, "PartialRMSNorm")(HIDDEN, eps=0.1)))
+    x = torch.randn(3, HIDDEN)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module(x)  # not read: the class's own forward
+    assert not calls
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"):
+            y = module(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert calls
+    torch.testing.assert_close(y, type(module).forward(module, x))
 
 
 def test_another_statistic_is_not_taken_for_a_partial_one(

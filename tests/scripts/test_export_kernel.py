@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_a_model_kernelized_with_it_computes_and_trains_the_same(
         with use_kernel_mapping(used, inherit_mapping=False):
             kernelize(m, mode=Mode.TRAINING, device="cpu", use_fallback=False)
     source = sys.modules[model.model.norm.forward.__func__.__module__].__file__
-    assert Path(source) == exported / "build" / "torch-cpu" / "layers.py"
+    assert Path(source).parents[1] == exported / "build"
 
     ids = torch.tensor([[3, 14, 15, 9, 2, 6, 5], [35, 8, 9, 7, 9, 3, 2]])
     dy = torch.randn(2, 7, 61)
@@ -99,13 +100,12 @@ def test_a_model_kernelized_with_it_computes_and_trains_the_same(
 
 
 def test_its_triton_kernels_run_and_are_the_packages(exported: Path) -> None:
-    import importlib
-
     from hf_rmsnorm.ops import reference, triton_backend
 
     kernel = kernels.get_local_kernel(exported)
     theirs = importlib.import_module(f"{kernel.__name__}.ops.triton_backend")
-    x, weight, bias = torch.randn(5, 24), torch.randn(24), torch.randn(24)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight, bias = (torch.randn(n, device=device) for n in ((5, 24), 24, 24))
     formula = reference.Formula(7, 1e-3, 1.0, False)
     got, expected = (
         backend.forward(x, None, weight, bias, formula, save_rstd=True)
@@ -141,10 +141,9 @@ assert not [name for name in sys.modules if name.startswith("hf_rmsnorm.")]
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("variant", ["torch-cuda", "torch-cpu"])
-def test_it_works_where_the_package_is_not_and_twice_at_once(exported: Path, variant: str) -> None:
+def test_it_works_where_the_package_is_not_and_twice_at_once(exported: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE, exported / "build" / variant],
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, exported / "build" / "torch-cuda"],
         capture_output=True,
         text=True,
         check=False,
