@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 
 from hf_rmsnorm import PatchPlan
 from hf_rmsnorm.cli import main
+
+QUICKSTART = Path(__file__).parents[1] / "scripts/results/quickstart"
 
 
 @pytest.fixture
@@ -91,3 +94,36 @@ def test_patching_a_patched_checkpoint_says_so(
     assert main(["patch", str(checkpoint), str(out)]) == 0
     assert main(["inspect", str(out)]) == 2
     assert "is hf_rmsnorm's RMSNorm already" in capsys.readouterr().err
+
+
+def test_card_of_a_checkpoint_and_of_a_run(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = checkpoint.parent / "patched"
+    flags = ["--norm", "prmsnorm", "--p", "0.0625"]
+    assert main(["patch", str(checkpoint), str(out), *flags]) == 0
+    capsys.readouterr()
+    assert main(["card", str(out), "--base-model", "some/gpt2"]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "README.md")
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == "some/gpt2" and "Not measured" in card.text
+    assert main(["card", str(QUICKSTART), "--checkpoint", str(out)]) == 0
+    assert "4.1427" in (out / "README.md").read_text()
+    assert ModelCard.load(out / "README.md").data.base_model == "some/gpt2"
+    other = checkpoint.parent / "other.md"
+    assert main(["card", str(QUICKSTART), "--arm", "rmsnorm", "--out", str(other)]) == 0
+    assert "quickstart" in other.read_text()
+    capsys.readouterr()
+    errors = [
+        (["card", str(QUICKSTART)], "has several arms"),
+        (["card", str(QUICKSTART), "--arm", "rmsnorm"], "kept no checkpoint"),
+        (["card", str(QUICKSTART), "--arm", "rms", "--out", "x.md"], "has no arm 'rms'"),
+        (["card", str(checkpoint)], "no usable 'hf_rmsnorm' record"),
+        (["card", str(checkpoint.parent)], "is not the folder of a run"),
+        (["card", str(checkpoint), "--checkpoint", str(out)], "is not the folder of a run"),
+        (["push", str(checkpoint.parent), "some/model"], "has no weights"),
+    ]
+    for argv, message in errors:
+        assert main(argv) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and message in lines[0]

@@ -58,7 +58,8 @@ def write_card(
     folder = Path(folder)
     config = read_config(folder)
     found = None if run is None else read_run(run, arm, config[RECORD])
-    card = make_card(config, found, base_model or _hub_name(start))
+    known = base_model or (found and found.base_model) or _hub_name(start)
+    card = make_card(config, found, known)
     return save_card(folder / "README.md", card, base_model)
 
 

@@ -13,7 +13,7 @@ from transformers.modelcard import TrainingSummary
 
 from hf_rmsnorm import PatchError
 from hf_rmsnorm.hub.card_merge import BEGIN, END
-from hf_rmsnorm.hub.cards import write_card
+from hf_rmsnorm.hub.cards import make_card, save_card, write_card
 from hf_rmsnorm.hub.records import digest
 from hf_rmsnorm.hub.runs import read_run
 
@@ -311,3 +311,48 @@ def test_what_diverged_or_was_not_measured_is_said_so(tmp_path: Path) -> None:
     assert "| **rmsnorm** | 9 exact | 4.2696 | diverged | diverged | diverged |" in text
     assert "Speed was not measured." in text
     assert "loss, rmsnorm, after" not in text and "loss, rmsnorm, before" in text
+
+
+def test_the_committed_cards_are_those_of_their_runs(tmp_path: Path) -> None:
+    arms = json.loads((QUICKSTART / "results.json").read_text())["arms"]
+    patched = [arm["name"] for arm in arms if arm["strategy"]]
+    folder = ROOT / "model_cards"
+    names = {f"quickstart-{arm.replace(':', '-')}.md": arm for arm in patched}
+    assert {path.name for path in folder.iterdir()} == {"README.md", *names}
+    for name, arm in names.items():
+        expected = save_card(tmp_path / name, make_card(None, read_run(QUICKSTART, arm)))
+        assert (folder / name).read_text() == expected.read_text(), "see model_cards/README.md"
+        card = ModelCard.load(folder / name)
+        assert {result.metric_type for result in card.data.eval_results} == {
+            "loss",
+            "perplexity",
+            "accuracy",
+        }
+
+
+def test_names_on_the_hub_become_metadata(tmp_path: Path) -> None:
+    results = json.loads((QUICKSTART / "results.json").read_text())
+    results["start"] = {"name": "some/gpt2", "is_local": False, "model_type": "gpt2"}
+    results["data"] = {"dataset": "some/wikitext", "config": "raw-v1", "is_local": False}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    card = ModelCard.load(write_card(folder(tmp_path, OWN), run=tmp_path, start="not/this"))
+    assert (card.data.base_model, card.data["base_model_relation"]) == ("some/gpt2", "finetune")
+    assert card.data.datasets == ["some/wikitext"] and card.data.model_name == "gpt2-rmsnorm"
+    result = card.data.eval_results[0]
+    assert (result.dataset_type, result.dataset_config) == ("some/wikitext", "raw-v1")
+    assert "`some/wikitext` (raw-v1)" in card.text and "`some/gpt2`" in card.text
+
+
+def test_the_base_model_is_a_name_on_the_hub_and_the_users_to_correct(tmp_path: Path) -> None:
+    checkpoint = folder(tmp_path / "model", OWN)
+    for start in (None, "", str(checkpoint), "runs/of/mine"):
+        card = ModelCard.load(write_card(checkpoint, start=start))
+        assert card.data.base_model is None
+    card = ModelCard.load(write_card(checkpoint, start="some/gpt2"))
+    assert card.data.base_model == "some/gpt2"
+    assert "base_model_relation" not in card.data, "nothing says that it was trained"
+    assert "`base_model_relation` is left out" in card.text
+    card = ModelCard.load(write_card(checkpoint, start="me/second"))
+    assert card.data.base_model == "some/gpt2"
+    card = ModelCard.load(write_card(checkpoint, base_model="right/one"))
+    assert card.data.base_model == "right/one"
