@@ -51,6 +51,26 @@ def new_config(base: Any) -> Any:
     return cls.__new__(cls)
 
 
+def is_marked(config: PreTrainedConfig) -> bool:
+    return type(config).model_type == MODEL_TYPE
+
+
+def mark_config(config: PreTrainedConfig, record: dict[str, Any]) -> None:
+    """Make a config of transformers one of the `hf_rmsnorm` type, in place."""
+    cls = config_class(type(config))
+    marks = {RECORD: record, "base_model_type": config.model_type, "model_type": config.model_type}
+    config.__dict__.update(marks)
+    config.__class__ = cls
+
+
+def unmark_config(config: PreTrainedConfig) -> None:
+    """The inverse of `mark_config`."""
+    if is_marked(config):
+        for name in (RECORD, "base_model_type", "model_type", "auto_map"):
+            config.__dict__.pop(name, None)
+        config.__class__ = type(config).__mro__[1]
+
+
 class RMSNormAutoConfig(PreTrainedConfig):
     """Reads the config of any patched checkpoint and returns its own class."""
 

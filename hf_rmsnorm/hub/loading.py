@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PatchError
 from ..patching import apply_plan
@@ -73,8 +73,9 @@ def new_model(base: Any) -> Any:
 
 def register_models(base: Any) -> None:
     """Register the patched class of every head of `base` with its Auto class."""
-    for auto, head in list(saving.heads(base)):
-        auto.register(config_class(base), model_class(head), exist_ok=True)
+    for auto, classes in list(saving.heads(base)):
+        ours = tuple(map(model_class, classes))
+        auto.register(config_class(base), ours if len(ours) > 1 else ours[0], exist_ok=True)
 
 
 def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -94,17 +95,24 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
         OSError: no such hub repository (from transformers).
     """
     _check_folder(Path(path_or_repo) / kwargs.get("subfolder", ""))
-    hub = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-    config = AutoConfig.from_pretrained(
+    hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    config, _ = PreTrainedConfig.get_config_dict(
         path_or_repo, **{key: kwargs[key] for key in hub if key in kwargs}
     )
-    record, where = config.__dict__.get(RECORD), config_file(path_or_repo)
-    if record is not None:
+    patched, record = config.get("model_type") == MODEL_TYPE, config.get(RECORD)
+    where = config_file(path_or_repo)
+    if record is not None or patched:
         check_record(record, where)
-    patched = type(config).model_type == MODEL_TYPE
-    bases = (getattr(transformers, name, None) for name in config.architectures or ())
-    base: Any = next((base for base in bases if base is not None), transformers.AutoModel)
-    if patched and base is not transformers.AutoModel:
+    names = config.get("architectures") or ()
+    base: Any = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    if base is None:
+        base = transformers.AutoModel
+    elif patched:
+        if (base_type := config.get("base_model_type")) != base.config_class.model_type:
+            raise PatchError(
+                f"{where} has base_model_type {base_type!r} but names a {base.__name__}: it was "
+                "edited since hf_rmsnorm wrote it"
+            )
         base = model_class(base)
     loaded = base.from_pretrained(path_or_repo, **kwargs)
     if record is not None and not patched:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 
 from ..plan import PatchPlan
-from .configs import MODEL_TYPE, config_class
+from .configs import is_marked, mark_config, unmark_config
 from .exactness import Evidence, may_be_stock
 from .loading import base_class, model_class
-from .records import RECORD, below, to_record
+from .records import below, to_record
 from .saving import SAVED, Saved
 
 
@@ -29,18 +29,25 @@ def mark(model: nn.Module, plan: PatchPlan) -> None:
         inner = below(plan, prefix)
         if not _changes_the_class(inner):
             continue
-        record = to_record(part, inner)
-        evidence = Evidence(part, plan.folds) if not prefix and may_be_stock(plan) else None
-        part.__dict__[SAVED] = Saved(inner, record, evidence)
-        part.__class__ = model_class(base_class(type(part)))
+        base = base_class(type(part))
+        fresh = base is type(part)  # else it is being loaded, as what a checkpoint says it is
+        exact = fresh and part is model and may_be_stock(plan)
+        evidence = Evidence(part, plan.folds) if exact else None
+        part.__dict__[SAVED] = Saved(inner, to_record(part, inner), evidence)
+        _become(part, model_class(base))
         inside = any(not outer or prefix.startswith(outer + ".") for outer in marked)
         if inside or is_marked(part.config):
             continue
         marked.append(prefix)
-        config = _own_config(model, part)
-        config.base_model_type = config.__dict__["model_type"] = type(config).model_type
-        setattr(config, RECORD, record)
-        config.__class__ = config_class(type(config))
+        mark_config(_own_config(model, part), part.__dict__[SAVED].record)
+
+
+def _become(part: Any, cls: Any) -> None:
+    """Change the class, in the one table of transformers, too, that goes by it: which outputs
+    beside the main one (hidden states, attentions) it can return."""
+    table: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
+    dict.__setitem__(table, str(cls), dict.get(table, str(type(part))))
+    part.__class__ = cls
 
 
 def _changes_the_class(plan: PatchPlan) -> bool:
@@ -60,18 +67,6 @@ def unmark(model: nn.Module) -> None:
         if part.__dict__.pop(SAVED, None) is not None:
             part.__class__ = base_class(type(part))
         unmark_config(part.config)
-
-
-def unmark_config(config: Any) -> None:
-    """Make a marked config that of the stock architecture again."""
-    if is_marked(config):
-        for name in (RECORD, "base_model_type", "model_type", "auto_map"):
-            config.__dict__.pop(name, None)
-        config.__class__ = type(config).__mro__[1]
-
-
-def is_marked(config: Any) -> bool:
-    return type(config).model_type == MODEL_TYPE
 
 
 def _own_config(model: nn.Module, part: Any) -> Any:

@@ -74,9 +74,11 @@ def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] = ()) -> dict[s
     groups: dict[str, list[Site]] = {}
     for site in plan.sites:
         groups.setdefault(layer_pattern(site.name), []).append(site)
+    modules = Counter(layer_pattern(name) for name, _ in model.named_modules())
     sites: list[dict[str, Any]] = []
     for pattern, group in groups.items():
         agree = all((s.verdict, s.spec) == (group[0].verdict, group[0].spec) for s in group)
+        agree = agree and len(group) == modules[pattern]
         for name, site in [(pattern, group[0])] if agree else [(s.name, s) for s in group]:
             sites.append({**asdict(site), **relative(name)})
     centers = [{**asdict(c), "serves": (), **relative(c.module)} for c in plan.centers]
@@ -136,16 +138,14 @@ def from_record(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
     sites = []
     for row in record["sites"]:
         for name in names(row):
-            spec = spec_from_dict(row["spec"])
-            weight = getattr(modules[name], "weight", None)
-            if spec and weight is not None and spec.normalized_shape and row["verdict"] != "kept":
-                shape = tuple(weight.shape[-len(spec.normalized_shape) :])
-                if shape != spec.normalized_shape:
-                    raise PatchError(
-                        f"the patch record in {where} has {name} over {spec.normalized_shape}, the "
-                        f"{type(model).__name__} has it over {shape}: they do not belong together"
-                    )
-            sites.append(Site(name=name, spec=spec, **_rest(row, "spec")))
+            site = Site(name=name, spec=spec_from_dict(row["spec"]), **_rest(row, "spec"))
+            if site.verdict != "kept" and not _fits(site, modules[name]):
+                raise PatchError(
+                    f"the patch record in {where} has {name} as {site.class_name} over "
+                    f"{site.spec and site.spec.normalized_shape}, the {type(model).__name__} has "
+                    f"{modules[name]} there: record and model do not belong together"
+                )
+            sites.append(site)
     centers = tuple(
         Center(module=name, **_rest(row)) for row in record["centers"] for name in names(row)
     )
@@ -163,6 +163,14 @@ def from_record(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
         centers=centers,
         widens=widens,
     )
+
+
+def _fits(site: Site, module: nn.Module) -> bool:
+    """Whether `module` can be what the record was written for."""
+    if type(module).__name__ != site.class_name or site.spec is None:
+        return False
+    shape, weight = site.spec.normalized_shape, getattr(module, "weight", None)
+    return weight is None or not shape or tuple(weight.shape[-len(shape) :]) == shape
 
 
 def folds_of(model: Any, record: dict[str, Any], where: str) -> tuple[Fold, ...]:

@@ -27,7 +27,7 @@ from ..errors import PatchError
 from ..plan import PatchPlan
 from . import modeling
 from .cards import write_card
-from .configs import config_class
+from .configs import mark_config, unmark_config
 from .exactness import Evidence
 from .records import RECORD, to_record
 
@@ -94,8 +94,6 @@ def save_pretrained(
 @contextmanager
 def _saving_config(model: Any, base: type, saved: Saved, stock: bool) -> Iterator[None]:
     """The model with the config that is to be written, and as a class that writes its own code."""
-    from .marking import unmark_config
-
     old, cls = model.config, type(model)
     config = copy.deepcopy(old)
     unmark_config(config)
@@ -104,10 +102,8 @@ def _saving_config(model: Any, base: type, saved: Saved, stock: bool) -> Iterato
         setattr(config, RECORD, to_record(model, saved.plan, saved.evidence.folds))
     else:
         native = type(config)
-        config.base_model_type = config.__dict__["model_type"] = native.model_type
-        setattr(config, RECORD, saved.record)
-        config.auto_map = auto_map(native)
-        config.__class__ = config_class(native)
+        mark_config(config, saved.record)
+        config.auto_map = auto_map(native, cls.__name__.removeprefix("FSDP"))
         if not config.auto_map:
             warnings.warn(
                 f"transformers has no model of type {native.model_type!r}, so the saved checkpoint "
@@ -124,32 +120,40 @@ def _saving_config(model: Any, base: type, saved: Saved, stock: bool) -> Iterato
         model.config, model.__class__ = old, cls
 
 
-def heads(base: Any) -> Iterator[tuple[Any, Any]]:
-    """`(Auto class, model class)` of every head that transformers has for a config class."""
+def heads(base: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """`(Auto class, model classes)` for all that transformers has for the config class `base`."""
     for auto in list(vars(modeling_auto).values()):
         mapping = getattr(auto, "_model_mapping", None)
         if mapping is None or not hasattr(auto, "register") or base not in mapping:
             continue
         found = mapping[base]
-        for head in found if isinstance(found, tuple) else (found,):
-            if head.config_class is base:  # others take a part of the config
-                yield auto, head
+        every = found if isinstance(found, tuple) else (found,)
+        # one with another config class takes a part of this config
+        if fitting := tuple(head for head in every if head.config_class is base):
+            yield auto, fitting
 
 
-def auto_map(base: Any) -> dict[str, str]:
-    """The Auto classes and what each finds in the modeling file; empty for a type of one's own."""
+def auto_map(base: Any, name: str) -> dict[str, str]:
+    """The Auto classes and what each finds in the modeling file, where it has a choice the class
+    called `name`; empty for a config class that transformers does not know."""
     if base.model_type not in CONFIG_MAPPING or CONFIG_MAPPING[base.model_type] is not base:
         return {}
-    found = {"AutoConfig": f"{modeling.MODULE}.RMSNormAutoConfig"}
-    for auto, head in heads(base):
-        found.setdefault(auto.__name__, f"{modeling.MODULE}.{head.__name__}")
-    return found
+    found = {"AutoConfig": "RMSNormAutoConfig"}
+    for auto, classes in heads(base):
+        names = [head.__name__ for head in classes]
+        found[auto.__name__] = name if name in names else names[0]
+    return {auto: f"{modeling.MODULE}.{head}" for auto, head in found.items()}
 
 
 def _write_card(staged: Path, target: Path, start: str) -> None:
-    if (target / "README.md").is_file():
-        shutil.copy2(target / "README.md", staged)
-    write_card(staged, start=start)
+    """The card; one that is in the target already is merged, or left if that cannot be done."""
+    readme = target / "README.md"
+    if readme.is_file():
+        shutil.copy2(readme, staged)
+    try:
+        write_card(staged, start=start)
+    except PatchError as error:  # no reason to lose a training run's weights
+        warnings.warn(f"{readme} was left as it is: {error}", stacklevel=4)
 
 
 @contextmanager
