@@ -21,10 +21,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from harness import goals, norms
@@ -41,11 +41,10 @@ from harness.benchmark import (
     plot,
     ratio,
 )
+from harness.op_trials import COPY, Shape, Trial, call_of, inputs_of, memory_problem
 from harness.results import machine, write_json
-from torch import Tensor
 from torch._functorch import config as functorch_config
 
-COPY = "copy"
 # bytes moved, in tensors of the input's size
 MOVES = {
     "norm": {"forward": 2, "backward": 3, "both": 5},
@@ -69,124 +68,37 @@ QUICK = {
 }
 
 
-class Shape(NamedTuple):
-    op: str
-    rows: int
-    hidden: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.rows}x{self.hidden} {self.dtype}"
-
-
-def inputs_of(shape: Shape, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """`([x, w, b] or [x, r, w, b], cotangents)`."""
-    torch.manual_seed(0)
-    dtype, count = getattr(torch, shape.dtype), 1 + (shape.op == "add_norm")
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, device=device, dtype=dtype)
-
-    by_row = [randn(shape.rows, shape.hidden) for _ in range(2 * count)]
-    weights = [1.0 + 0.25 * randn(shape.hidden), randn(shape.hidden)]
-    return [*by_row[:count], *weights], by_row[count:]
-
-
-def call_of(
-    provider: norms.Provider,
-    function: norms.Function,
-    inputs: list[Tensor],
-    cotangents: list[Tensor],
-    which: str,
-) -> Call:
-    if which == "forward":
-
-        def forward() -> None:
-            with torch.no_grad():
-                function(*inputs)
-
-        return Call(forward)
-
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    given = cotangents
-    before: Callable[[], Any] | None = None
-    if provider.writes_dy:
-        given = [c.clone() for c in cotangents[:1]] + cotangents[1:]
-        before = partial(given[0].copy_, cotangents[0])
-
-    if which == "both":
-
-        def both() -> None:
-            y = function(*leaves)
-            torch.autograd.grad(y, leaves, given, allow_unused=True)
-
-        return Call(both, before)
-
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    edges = [torch.autograd.graph.get_gradient_edge(y) for y in outputs]  # the outputs can go
-
-    def backward() -> None:
-        torch.autograd.grad(edges, leaves, given, retain_graph=True, allow_unused=True)
-
-    return Call(backward, before)
-
-
-def checked(
-    shape: Shape, inputs: list[Tensor], cotangents: list[Tensor], names: list[str] | None
-) -> tuple[dict[str, norms.Function], dict[str, str]]:
-    """Providers that pass, and why the others do not; ends the script if ours is wrong."""
-    torch._dynamo.reset()  # one shape, one compilation: as fast as compilation gets
-    functions, reasons = norms.available(shape.op, inputs[0].device, names)
-    for name, function in list(functions.items()):
-        try:
-            with torch.no_grad():  # compiled functions are compiled for this case too
-                function(*inputs)
-            reason = norms.wrong(name, function, inputs, cotangents)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if norms.is_ours(name):
-                raise
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        if reason and norms.is_ours(name):
-            sys.exit(f"{name} at {shape}: {reason}. Not timed")
-        if reason:
-            reasons[f"{name} at {shape}"] = reason
-            del functions[name]
-    return functions, reasons
-
-
 def measure(shape: Shape, args: argparse.Namespace, report: dict[str, Any]) -> None:
     device = pick_device(cpu=args.cpu)
     on_gpu = device.type == "cuda"
     inputs, cotangents = inputs_of(shape, device)
-    functions, reasons = checked(shape, inputs, cotangents, args.providers)
-    for name, reason in reasons.items():
-        if report["without"].setdefault(name, reason) is reason:
-            print(f"without {name}: {reason}", flush=True)
+    trial = Trial(shape, inputs, cotangents, report)
+    functions = trial.providers(args.providers)
     if args.only_compile:
         return
     timers: dict[str, Any] = {"eager": GpuEvents(idle=True) if on_gpu else WallClock()}
     if on_gpu:
         timers["graph"] = GpuEvents(idle=False)
     # autograd runs a backward where the forward ran, and the default stream cannot be captured
-    stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()
-    with stream:
+    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
         for which, mode in itertools.product(args.passes, timers):
             if mode not in args.modes:
                 continue
             moves = MOVES[shape.op][which]
-            calls = {
-                name: call_of(norms.PROVIDERS[name], function, inputs, cotangents, which)
-                for name, function in functions.items()
-            }
+
+            def prepare(name: str, function: norms.Function, which: str = which) -> Call:
+                return call_of(norms.PROVIDERS[name], function, inputs, cotangents, which)
+
+            calls = trial.each(functions, prepare, f", {which}")
             source = inputs[0].new_ones(moves * inputs[0].numel() // 2)
-            target = torch.empty_like(source)
-            calls[COPY] = Call(partial(target.copy_, source))
+            calls[COPY] = Call(partial(torch.empty_like(source).copy_, source))
             if mode == "graph":
                 pool = torch.cuda.graph_pool_handle()
-                calls = {name: captured(call, pool) for name, call in calls.items()}
+
+                def capture(name: str, call: Call, pool: Any = pool) -> Call:
+                    return captured(call, pool)
+
+                calls = trial.each(calls, capture, f", {which}, {mode}")
             summaries = interleaved(
                 calls,
                 norms.CONTROL,
@@ -210,19 +122,6 @@ def line(row: dict[str, Any]) -> str:
         f"{where} {row['pass']:>8} {row['mode']:>5}  {row['provider']:<21}{row['us_p50']:>9.1f} us "
         f"{row['gb_per_s']:>7.1f} GB/s {row['percent_of_copy']:>6.1f}% of copy  {ratio(row)}"
     )
-
-
-def memory_problem(shape: Shape, device: torch.device) -> str | None:
-    """Why the shape does not fit: inputs, gradients, and what providers keep for a backward."""
-    if device.type != "cuda":
-        return None
-    tensor = shape.rows * shape.hidden * getattr(torch, shape.dtype).itemsize
-    tensors = 14 if shape.op == "norm" else 20 + len(norms.PROVIDERS)
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    if tensors * tensor <= free:
-        return None
-    return f"would take about {tensors * tensor / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
 
 
 def shapes_of(args: argparse.Namespace) -> list[Shape]:
@@ -268,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     functorch_config.donated_buffer = False  # a backward is timed again and again
     device, deadline = pick_device(cpu=args.cpu), Deadline(args.max_seconds)
     shapes = shapes_of(args)
-    report: dict[str, Any] = {"rows": [], "without": {}, "skipped": {}}
+    report: dict[str, Any] = {"rows": [], "without": {}, "skipped": {}, "wrong": {}}
     if args.only_compile:
         index, count = map(int, args.only_compile.split("/"))
         shapes = shapes[index::count]
@@ -292,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     goals.show(document["goals"])
     plot("ops", document, args.plots)
     finish(document, args.out)
+    if report["wrong"]:
+        sys.exit("ours failed, and was not timed there: " + "; ".join(report["wrong"]))
 
 
 if __name__ == "__main__":

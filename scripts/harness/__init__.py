@@ -21,6 +21,7 @@ Benchmarks and `gpu_check.py`, which need torch and transformers alone:
 
 benchmark       timing providers against each other, in turns
 norms           the norms that bench_ops times, and the check each must pass first
+op_trials       one shape of bench_ops: inputs, calls, who is left to be timed
 sized_models    models of any size with random weights, for bench_models
 goals           what must be reached, and whether rows of a benchmark show it
 kernel_grid     one case of the norms against float64

@@ -28,6 +28,10 @@ class Unavailable(Exception):
     """This provider cannot run here; the message says why."""
 
 
+class Wrong(Exception):
+    """This provider computes something else; the message says what."""
+
+
 @dataclass(frozen=True)
 class Provider:
     """Attributes:
@@ -158,10 +162,8 @@ def available(
     return functions, reasons
 
 
-def wrong(
-    name: str, function: Function, inputs: list[Tensor], cotangents: list[Tensor]
-) -> str | None:
-    """What is wrong with outputs and gradients, held against float64 a few rows at a time.
+def check(name: str, function: Function, inputs: list[Tensor], cotangents: list[Tensor]) -> None:
+    """Holds outputs and gradients against float64, a few rows at a time; raises Wrong.
 
     Args:
         inputs: x, with r for `add_norm`, then w and b; x and r are `(rows, hidden)`.
@@ -195,8 +197,7 @@ def wrong(
             label in ("dw", "db")
         )
         if not error <= allowed * largest:
-            return f"{label} is off by {error:.1e}, where values reach {largest:.1e}"
-    return None
+            raise Wrong(f"{label} is off by {error:.1e}, where values reach {largest:.1e}")
 
 
 def _note(errors: dict[str, list[float]], label: str, got: Tensor, exact: Tensor) -> None:

@@ -55,14 +55,13 @@ def test_ops_compiled_pass_the_same_check() -> None:
     functions, _ = norms.available("add_norm", torch.device("cpu"), ["compiled F.rms_norm"])
     inputs, cotangents = random_inputs("add_norm")
     name = "compiled F.rms_norm"
-    assert norms.wrong(name, functions[name], inputs, cotangents) is None
+    norms.check(name, functions[name], inputs, cotangents)
 
 
 def random_inputs(op: str, dtype: torch.dtype = torch.float32) -> tuple[list, list]:
-    import bench_ops
+    from harness.op_trials import Shape, inputs_of
 
-    shape = bench_ops.Shape(op, 37, 24, str(dtype)[6:])
-    return bench_ops.inputs_of(shape, torch.device("cpu"))
+    return inputs_of(Shape(op, 37, 24, str(dtype)[6:]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -74,7 +73,7 @@ def test_the_gate_passes_what_is_right(op: str, dtype: torch.dtype) -> None:
     functions, _ = norms.available(op, torch.device("cpu"), None)
     for name, function in functions.items():
         if "compiled" not in name:
-            assert norms.wrong(name, function, inputs, cotangents) is None, name
+            norms.check(name, function, inputs, cotangents)
 
 
 class Skewed(torch.autograd.Function):
@@ -102,20 +101,25 @@ def test_the_gate_names_what_is_wrong(what: str) -> None:
     from harness import norms
 
     inputs, cotangents = random_inputs("norm")
-    reason = norms.wrong("rms_norm", FAULTS[what], inputs, cotangents)
-    assert reason is not None and reason.startswith(what)
+    with pytest.raises(norms.Wrong, match=f"^{what}"):
+        norms.check("rms_norm", FAULTS[what], inputs, cotangents)
 
 
-def test_a_wrong_kernel_of_ours_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_of_ours_is_never_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import bench_ops
     from harness import norms
 
     fault = norms.Provider(lambda op, device: FAULTS["y"])
     monkeypatch.setitem(norms.PROVIDERS, "rms_norm", fault)
-    with pytest.raises(
-        SystemExit, match=r"rms_norm at norm 5x24 float32: y is off by .* Not timed"
-    ):
-        bench_ops.main(["--cpu", *OPS, "--ops", "norm", "--providers", "rms_norm"])
+    out = tmp_path / "ops.json"
+    flags = ["--ops", "norm", "--providers", "rms_norm", "F.rms_norm", "--out", str(out)]
+    with pytest.raises(SystemExit, match=r"ours failed, .*: rms_norm at norm 5x24 float32"):
+        bench_ops.main(["--cpu", *OPS, *flags])
+    document = read(out)
+    assert document["wrong"]["rms_norm at norm 5x24 float32"].startswith("y is off by")
+    assert {row["provider"] for row in document["rows"]} == {"F.layer_norm", "F.rms_norm", "copy"}
 
 
 def test_a_wrong_peer_is_left_out_with_the_reason(
