@@ -105,7 +105,8 @@ def card(arguments: argparse.Namespace) -> int:
             "write with --out"
         )
     out = checkpoint / "README.md" if arguments.out is None else Path(arguments.out)
-    print(save_card(out, make_card(config, run, arguments.base_model), arguments.base_model))
+    replace = ("base_model",) if arguments.base_model else ()
+    print(save_card(out, make_card(config, run, arguments.base_model), replace))
     return 0
 
 

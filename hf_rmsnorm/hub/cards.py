@@ -6,10 +6,12 @@ The text is in `card_template.md`. A card that exists already is merged into: `c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -36,6 +38,7 @@ def write_card(
     arm: str | None = None,
     base_model: str | None = None,
     start: str | None = None,
+    known_card: Path | None = None,
 ) -> Path:
     """Write the card of the checkpoint in `folder`, or bring the one that is there up to date.
 
@@ -50,6 +53,7 @@ def write_card(
             from the Hub.
         start: the name or path that the model was loaded from, which is `base_model` if it is a
             name on the Hub and the card there names no other.
+        known_card: the card to bring up to date, if it is not the one in `folder`.
 
     Raises:
         PatchError: no config, no valid record, a run that does not belong to it, or a README.md
@@ -58,14 +62,22 @@ def write_card(
     folder = Path(folder)
     config = read_config(folder)
     found = None if run is None else read_run(run, arm, config[RECORD])
-    known = base_model or (found and found.base_model) or _hub_name(start)
-    card = make_card(config, found, known)
-    return save_card(folder / "README.md", card, base_model)
+    base = base_model or (found and found.base_model) or _hub_name(start)
+    replace = ("base_model",) if base_model else ()
+    return save_card(folder / "README.md", make_card(config, found, base), replace, known_card)
 
 
-def save_card(path: Path, card: ModelCard, base_model: str | None = None) -> Path:
-    """Write `card`, merged into what is at `path`, whole or not at all."""
-    text = merge(path, card, ("base_model",) if base_model else ()) if path.exists() else str(card)
+def save_card(
+    path: Path, card: ModelCard, replace: Sequence[str] = (), known_card: Path | None = None
+) -> Path:
+    """Write `card` to `path`, whole or not at all, merged into the card that is known already.
+
+    Args:
+        replace: keys of the metadata that are written over what is there.
+        known_card: the file to merge into; what is at `path` if not given.
+    """
+    known = known_card or path
+    text = merge(known, card, replace) if known.exists() else str(card)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.partial")
     with beside.open("w", newline="", encoding="utf-8") as file:
@@ -127,9 +139,9 @@ def make_card(
         data["model_name"] = f"{facts['base_type'] or 'language-model'}-{norm_tag}"
         data["eval_results"] = _eval_results(run) or None
         measured = _texts_of_run(run)
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
+    text = _template().render(
+        card_data=data.to_yaml(),
+        base_model=base_model,
         title=f"{facts['model_class'] or facts['base_type'] or 'Language model'} with {norm_name}",
         norm_name=norm_name,
         share=f"{100 * facts['p']:g}%",
@@ -140,6 +152,13 @@ def make_card(
         **facts,
         **measured,
     )
+    return ModelCard(text)
+
+
+@cache
+def _template() -> jinja2.Template:
+    """As in `ModelCard.from_template`, which would compile it for every card: most of the time."""
+    return jinja2.Template(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
