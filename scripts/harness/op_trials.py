@@ -97,7 +97,7 @@ class Trial(NamedTuple):
             except Exception as error:
                 if name in (norms.CONTROL, COPY):
                     raise
-                reason = str(error).strip().splitlines()[0][:200] if str(error) else ""
+                reason = " ".join(str(error).split()[:50])
                 kind = "" if isinstance(error, norms.Wrong) else f"{type(error).__name__}: "
                 self.note(f"{name} at {self.shape}{where}", kind + reason, norms.is_ours(name))
         return found
@@ -119,7 +119,12 @@ class Trial(NamedTuple):
         def check(name: str, function: norms.Function) -> norms.Function:
             with torch.no_grad():  # compiled functions are compiled for this case too
                 function(*self.inputs)
-            norms.check(name, function, self.inputs, self.cotangents)
+            try:
+                norms.check(name, function, self.inputs, self.cotangents)
+            except norms.Wrong as wrong:
+                if name != norms.CONTROL:  # PyTorch's is, on a CPU in bfloat16; nothing to do
+                    raise
+                self.note(f"{name} at {self.shape}", f"{wrong}; timed all the same, as the control")
             return function
 
         return self.each(functions, check, "")

@@ -141,7 +141,7 @@ def test_a_wrong_peer_is_left_out_with_the_reason(
     document = read(out)
     assert {row["provider"] for row in document["rows"]} == {"F.layer_norm", "copy"}
     reasons = document["without"]
-    assert reasons["Apex at norm 5x24 float32"] == "NotImplementedError: feature dimension"
+    assert reasons["Apex at norm 5x24 float32"] == "NotImplementedError: feature dimension too large"
     assert reasons["F.rms_norm at norm 5x24 float32"].startswith("dx is off by")
 
 
