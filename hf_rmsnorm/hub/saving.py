@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -148,10 +147,8 @@ def auto_map(base: Any, name: str) -> dict[str, str]:
 def _write_card(staged: Path, target: Path, start: str) -> None:
     """The card; one that is in the target already is merged, or left if that cannot be done."""
     readme = target / "README.md"
-    if readme.is_file():
-        shutil.copy2(readme, staged)
     try:
-        write_card(staged, start=start)
+        write_card(staged, start=start, known_card=readme)
     except PatchError as error:  # no reason to lose a training run's weights
         warnings.warn(f"{readme} was left as it is: {error}", stacklevel=4)
 
