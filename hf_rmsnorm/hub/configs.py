@@ -3,6 +3,8 @@ load as the LayerNorm model in silence."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -69,6 +71,18 @@ def unmark_config(config: PreTrainedConfig) -> None:
         for name in (RECORD, "base_model_type", "model_type", "auto_map"):
             config.__dict__.pop(name, None)
         config.__class__ = type(config).__mro__[1]
+
+
+@contextmanager
+def stock_class(config: Any) -> Iterator[None]:
+    """The config as a stock one, while a model is built that builds parts of itself from it
+    through `AutoModel`: those get their share of the patch with the whole."""
+    ours = type(config)
+    config.__class__ = ours.__mro__[1] if ours.model_type == MODEL_TYPE else ours
+    try:
+        yield
+    finally:
+        config.__class__ = ours
 
 
 class RMSNormAutoConfig(PreTrainedConfig):

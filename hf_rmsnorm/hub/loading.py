@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PatchError
 from ..patching import apply_plan
 from . import saving
-from .configs import MODEL_TYPE, config_class
+from .configs import MODEL_TYPE, config_class, stock_class
 from .exactness import Evidence, off_centre
 from .records import RECORD, check_record, config_file, folds_of, from_record
 
@@ -30,9 +30,10 @@ def model_class(base: Any) -> Any:
     if base not in _model_classes:
 
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-            base.__init__(self, config, *args, **kwargs)
             where = config_file(config.name_or_path)
             record = check_record(getattr(config, RECORD, None), where)
+            with stock_class(config):
+                base.__init__(self, config, *args, **kwargs)
             apply_plan(self, from_record(self, record, where))
 
         def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
