@@ -70,7 +70,7 @@ def _merge_metadata(
     tags = [tags] if isinstance(tags, str) else tags
     wanted = {
         **{k: v for k, v in ours.items() if theirs.get(k) is None or k in replace},
-        "tags": [tag for tag in tags if tag not in TAGS] + ours["tags"],
+        "tags": list(dict.fromkeys([*(t for t in tags if t not in TAGS), *ours["tags"]])),
         "model-index": _merge_results(theirs.get("model-index"), ours.get("model-index")),
     }
     updates = {key: value for key, value in wanted.items() if theirs.get(key) != value}

@@ -39,6 +39,7 @@ def write_card(
     base_model: str | None = None,
     start: str | None = None,
     known_card: Path | None = None,
+    tags: Sequence[str] = (),
 ) -> Path:
     """Write the card of the checkpoint in `folder`, or bring the one that is there up to date.
 
@@ -54,6 +55,7 @@ def write_card(
         start: the name or path that the model was loaded from, which is `base_model` if it is a
             name on the Hub and the card there names no other.
         known_card: the card to bring up to date, if it is not the one in `folder`.
+        tags: further tags for the metadata.
 
     Raises:
         PatchError: no config, no valid record, a run that does not belong to it, or a README.md
@@ -63,8 +65,10 @@ def write_card(
     config = read_config(folder)
     found = None if run is None else read_run(run, arm, config[RECORD])
     base = base_model or (found and found.base_model) or _hub_name(start)
+    card = make_card(config, found, base)
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *tags]))
     replace = ("base_model",) if base_model else ()
-    return save_card(folder / "README.md", make_card(config, found, base), replace, known_card)
+    return save_card(folder / "README.md", card, replace, known_card)
 
 
 def save_card(

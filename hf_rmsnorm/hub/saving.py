@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -83,7 +84,7 @@ def save_pretrained(
             if not stock and model.config.auto_map:
                 (staged / modeling.FILE).write_text(modeling.source(), encoding="utf-8")
             native(model, staged, True, state_dict, **kwargs)
-            _write_card(staged, target, model.name_or_path)
+            _write_card(staged, target, model, upload)
             before = model._get_files_timestamps(target) if target.exists() else {}
             _replace(staged, target, kwargs.get("variant"))
     if upload is not None:
@@ -144,13 +145,32 @@ def auto_map(base: Any, name: str) -> dict[str, str]:
     return {auto: f"{modeling.MODULE}.{head}" for auto, head in found.items()}
 
 
-def _write_card(staged: Path, target: Path, start: str) -> None:
-    """The card; one that is in the target already is merged, or left if that cannot be done."""
-    readme = target / "README.md"
+def _write_card(staged: Path, target: Path, model: Any, upload: dict[str, Any] | None) -> None:
+    """The card; one that is there already is merged, or left if that cannot be done.
+
+    Where the model is uploaded, that is the Hub's, and as in transformers the model's tags are
+    added.
+    """
+    known, tags = target / "README.md", []
+    if upload is not None:
+        known = _card_on_hub(upload) or known
+        tags = [*(model.model_tags or ()), *(upload.pop("tags", None) or ())]
     try:
-        write_card(staged, start=start, known_card=readme)
+        write_card(staged, start=model.name_or_path, known_card=known, tags=tags)
     except PatchError as error:  # no reason to lose a training run's weights
-        warnings.warn(f"{readme} was left as it is: {error}", stacklevel=4)
+        warnings.warn(f"{known} was left as it is: {error}", stacklevel=4)
+
+
+def _card_on_hub(upload: dict[str, Any]) -> Path | None:
+    from transformers.utils.hub import hf_api
+
+    revision, token = upload.get("revision"), upload.get("token")
+    try:
+        return Path(
+            hf_api().hf_hub_download(upload["repo_id"], "README.md", revision=revision, token=token)
+        )
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return None
 
 
 @contextmanager
@@ -224,7 +244,7 @@ def _prepare_upload(target: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     repo_id = kwargs.pop("repo_id", target.name)
     upload: dict[str, Any] = {
         name: kwargs.pop(name)
-        for name in ("commit_message", "commit_description", "create_pr", "revision")
+        for name in ("commit_message", "commit_description", "create_pr", "revision", "tags")
         if name in kwargs
     }
     for name in repo:
@@ -237,5 +257,9 @@ def push_to_hub(model: Any, repo_id: str, *, tags: list[str] | None = None, **kw
     """As `PreTrainedModel.push_to_hub`; the card says what the model is."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(
-            Path(folder) / repo_id.rpartition("/")[2], push_to_hub=True, repo_id=repo_id, **kwargs
+            Path(folder) / repo_id.rpartition("/")[2],
+            push_to_hub=True,
+            repo_id=repo_id,
+            tags=tags,
+            **kwargs,
         )

@@ -341,12 +341,17 @@ def test_pushing_uploads_what_was_written(tmp_path: Path, monkeypatch: pytest.Mo
 
         def create_branch(self, **kwargs: Any) -> None: ...
 
+        def hf_hub_download(self, repo_id: str, filename: str, **kwargs: Any) -> str:
+            path = tmp_path / repo_id.replace("/", "-")
+            path.write_text("---\nlicense: mit\n---\nOn the Hub.\n")
+            return str(path)
+
     monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
     model = patch_model(gpt2(), strategy="direct")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")
     model.save_pretrained(tmp_path / "model", push_to_hub=True, commit_message="one")
-    model.push_to_hub("me/other", commit_message="two", revision="dev")
+    model.push_to_hub("me/other", commit_message="two", revision="dev", tags=["fun"])
     assert [(c["repo_id"], c["commit_message"], c["revision"]) for c in commits] == [
         ("me/model", "one", None),
         ("me/other", "two", "dev"),
@@ -358,6 +363,9 @@ def test_pushing_uploads_what_was_written(tmp_path: Path, monkeypatch: pytest.Mo
             "files"
         ].keys()
         assert "notes.txt" not in commit["files"]
+        card = commit["files"]["README.md"].decode()
+        assert "license: mit" in card and "On the Hub." in card and "- hf_rmsnorm" in card
+    assert b"- fun\n" in commits[1]["files"]["README.md"]
 
 
 def test_an_adapter_is_saved_alone(tmp_path: Path) -> None:
