@@ -1,4 +1,4 @@
-"""A stand-in for the Hub's HTTP endpoint: repositories, branches, regular and LFS uploads."""
+"""A stand-in for the HTTP endpoint of the Hub: repositories, branches, both kinds of upload."""
 
 from __future__ import annotations
 
@@ -58,6 +58,10 @@ class Hub:
                     return 400, {"error": "damaged on the way"}
                 self.blobs[oid] = body
                 return 200, {}
+            case "GET" | "HEAD", [user, name, "resolve", branch, *path]:
+                branches = self.repos[f"{user}/{name}"].branches
+                content = branches.get(branch, {}).get("/".join(path))
+                return (404, {"error": "no such file"}) if content is None else (200, content)
             case "POST", ["api", "models", user, name, "commit", branch]:
                 return self._commit(f"{user}/{name}", branch, body)
         return 404, {"error": f"{method} {path} is not part of the stand-in"}
@@ -111,12 +115,17 @@ def running_hub() -> Iterator[Hub]:
                 status, content = hub.answer(self.command, path, body)
             else:
                 status, content = 401, {"error": "Invalid username or password."}
-            data = json.dumps(content).encode()
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
+            if "/resolve/" in path:
+                self.send_header("X-Repo-Commit", f"{1:040x}")
+                self.send_header("ETag", hashlib.sha256(data).hexdigest())
+                if status == 404:
+                    self.send_header("X-Error-Code", "EntryNotFound")
             self.end_headers()
-            self.wfile.write(data)
+            if self.command != "HEAD":
+                self.wfile.write(data)
 
         do_GET = do_POST = do_PUT = do_HEAD = do
 

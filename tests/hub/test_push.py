@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hub_server import TOKEN, running_hub
+from hub_server import TOKEN, Repo, running_hub
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from hf_rmsnorm import PatchError, patch_model
@@ -20,7 +22,8 @@ from hf_rmsnorm.cli import main
 from hf_rmsnorm.hub.card_merge import BEGIN
 from hf_rmsnorm.hub.push import push
 
-# Calls the command line several times, each with an environment of its own, in one process.
+# Calls the command line several times, each with an environment of its own, in one process; then,
+# if asked to, a model's own push_to_hub.
 DRIVER = """
 import contextlib, io, json, os, sys
 from hf_rmsnorm.cli import main
@@ -32,6 +35,10 @@ for argv, environment in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(argv)
     answers.append([status, out.getvalue(), err.getvalue().splitlines()[-1:]])
+if len(sys.argv) > 2:
+    from hf_rmsnorm import from_pretrained
+    os.environ["HF_TOKEN"] = sys.argv[4]
+    from_pretrained(sys.argv[2]).push_to_hub(sys.argv[3], tags=["fun"])
 print("ANSWERS" + json.dumps(answers))
 """
 
@@ -48,14 +55,22 @@ def gpt2() -> torch.nn.Module:
     return model
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of each kind: patched, exactly patched, and plain."""
-    found = {name: tmp_path / name for name in ("own", "stock", "plain")}
+    folder = tmp_path_factory.mktemp("saved")
+    found = {name: folder / name for name in ("own", "stock", "plain")}
     patch_model(gpt2(), "prmsnorm", p=0.25, strategy="direct").save_pretrained(found["own"])
     patch_model(gpt2(), "rmsnorm").save_pretrained(found["stock"])
     gpt2().save_pretrained(found["plain"])
-    return found
+    return folder
+
+
+@pytest.fixture
+def folders(saved: Path, tmp_path: Path) -> dict[str, Path]:
+    """Copies, to be damaged."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return {path.name: path for path in tmp_path.iterdir()}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -67,14 +82,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def run(
-    cases: list[tuple[list[str], dict[str, str]]], endpoint: str, home: Path, **environment: str
+    cases: list[tuple[list[str], dict[str, str]]], endpoint: str, home: Path, *push_to_hub: str
 ) -> list[tuple[int, str, str]]:
     """Exit status, output and last line of the errors of each call."""
     kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(cases)],
-        env={**kept, **hub, **environment},
+        [sys.executable, "-c", DRIVER, json.dumps(cases), *push_to_hub],
+        env={**kept, **hub},
         capture_output=True,
         text=True,
         check=False,
@@ -93,6 +108,8 @@ def test_what_arrives_is_the_folder(folders: dict[str, Path], tmp_path: Path) ->
     before = files(own)
     plain = ["push", str(folders["plain"]), "tester/plain", "--revision", "second", "--private"]
     with running_hub() as hub:
+        hub.repos["tester/known"] = Repo({})
+        hub.repos["tester/known"].branches["main"]["README.md"] = b"---\nlicense: mit\n---\nMine.\n"
         answers = run(
             [
                 (["push", str(own), "tester/own", "--commit_message", "First"], token),
@@ -105,6 +122,7 @@ def test_what_arrives_is_the_folder(folders: dict[str, Path], tmp_path: Path) ->
             ],
             hub.url,
             tmp_path / "home",
+            *(str(own), "tester/known", TOKEN),
         )
     assert [status for status, _, _ in answers[:5]] == [0] * 5, answers
     assert answers[0][1] == f"{hub.url}/tester/own/commit/{1:040x}"
@@ -121,19 +139,29 @@ def test_what_arrives_is_the_folder(folders: dict[str, Path], tmp_path: Path) ->
     assert no_token[2].startswith("hf-rmsnorm push: there is no token to upload with")
     assert refused[2].startswith(f"hf-rmsnorm push: {hub.url} refused: ") and "401" in refused[2]
 
+    known = hub.repos["tester/known"].branches["main"]
+    card = known["README.md"].decode()
+    assert "license: mit\n" in card and "Mine.\n" in card and BEGIN in card and "- fun\n" in card
+    assert known["model.safetensors"] == before["model.safetensors"]
 
-@pytest.mark.launch
-@pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}], ids=["no server", "offline"])
+
+@pytest.mark.parametrize("offline", [False, True], ids=["no server", "offline"])
 def test_no_network_is_one_line(
-    folders: dict[str, Path], tmp_path: Path, offline: dict[str, str]
+    folders: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    offline: bool,
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # not listening: connections are refused
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        argv = ["push", str(folders["plain"]), "tester/plain"]
-        [answer] = run([(argv, {"HF_TOKEN": TOKEN})], endpoint, tmp_path / "home", **offline)
-    assert answer[0] == 2
-    assert answer[2].startswith(f"hf-rmsnorm push: cannot reach {endpoint}: ")
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert main(["push", str(folders["plain"]), "tester/plain"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"hf-rmsnorm push: cannot reach {endpoint}: ")
+    assert ("offline" in error.lower()) == offline
 
 
 def test_a_card_that_lost_our_section_gets_it_back(
