@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import itertools
 import sys
 import warnings
@@ -41,6 +40,7 @@ from harness.sized_models import BUILDERS, FULL, Batch, Sizes, build
 from torch import nn
 
 import hf_rmsnorm
+from hf_rmsnorm import functional
 
 CONTROL = "unpatched"
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -49,9 +49,11 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "rmsnorm direct": {"norm": "rmsnorm", "strategy": "direct"},
     "prmsnorm 1/16": {"norm": "prmsnorm", "strategy": "direct"},
 }
-AUTOCAST_ARM = "rmsnorm autocast_output=auto"
-if "autocast_output" in inspect.signature(hf_rmsnorm.patch_model).parameters:
-    ARMS[AUTOCAST_ARM] = {"norm": "rmsnorm", "autocast_output": "auto"}
+# Only where it makes a difference: what the choice of the norms' output, and of the compiled body,
+# brings beside "rmsnorm", which takes the defaults.
+AUTOCAST_ARM = "rmsnorm, float32 output"
+ARMS[AUTOCAST_ARM] = {"norm": "rmsnorm", "autocast_output": "float32"}
+COMPILED_BODIES = ("kernel", "torch")
 MOVED_AT_MOST = 1e-4
 WRONG = "its sites are all exact, but the outputs moved by {:.1e}"
 PRECISIONS = ("fp32", "autocast", "bf16")  # bf16 is last: it rounds the weights
@@ -63,6 +65,7 @@ def patched(
     """`({arm: model}, {arm: how far the outputs moved})`."""
     twins, moved = {CONTROL: model.eval()}, {CONTROL: 0.0}
     before = outputs(model, batch)
+    inputs = {name: value[:2] for name, value in _inputs(batch).items()}
     for arm, arguments in ARMS.items():
         if arguments is None:
             continue
@@ -70,7 +73,7 @@ def patched(
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r".*changed approximately")
-                hf_rmsnorm.patch_model(twin, verify=False, **arguments)
+                hf_rmsnorm.patch_model(twin, inputs=inputs, verify=False, **arguments)
         except hf_rmsnorm.PatchError as error:
             skipped[f"{label}, {arm}"] = str(error)
             print(f"without {arm}: {error}", flush=True)
@@ -94,7 +97,9 @@ def _inputs(batch: Batch) -> Batch:
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
-def steps(model: nn.Module, batch: Batch, precision: str, compiled: bool) -> dict[str, Callable]:
+def steps(
+    model: nn.Module, batch: Batch, precision: str, compiled: bool, body: Any = "auto"
+) -> dict[str, Callable]:
     """The training step and inference of one arm, as calls without arguments."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     device = next(iter(batch.values())).device
@@ -108,6 +113,7 @@ def steps(model: nn.Module, batch: Batch, precision: str, compiled: bool) -> dic
     nothing = nullcontext()
 
     def train() -> None:
+        functional.set_compiled_body(body)
         model.train()
         with autocast():
             loss = run(**batch).loss
@@ -116,6 +122,7 @@ def steps(model: nn.Module, batch: Batch, precision: str, compiled: bool) -> dic
         optimizer.zero_grad()
 
     def infer() -> None:
+        functional.set_compiled_body(body)
         model.eval()
         with torch.no_grad(), autocast():
             run(**_inputs(batch))
@@ -131,7 +138,7 @@ def measure(
     model, batch = model.to(device), {key: value.to(device) for key, value in batch.items()}
     label = f"{name} {sizes.layers}x{sizes.width}"
     twins, moved = patched(model, batch, report["skipped"], label)
-    sized = {"model": name, "moved": moved, **sizes._asdict()}
+    sized = {"model": name, **sizes._asdict()}
     for precision, compiled in itertools.product(PRECISIONS, args.compiled):
         if precision not in args.precision:
             continue
@@ -143,12 +150,14 @@ def measure(
             arm: t for arm, t in twins.items() if arm != AUTOCAST_ARM or precision == "autocast"
         }
         torch._dynamo.reset()
-        calls = {
-            arm: steps(
-                twin.bfloat16() if precision == "bf16" else twin, batch, precision, case["compiled"]
-            )
-            for arm, twin in arms.items()
-        }
+        if precision == "bf16":
+            arms = {arm: twin.bfloat16() for arm, twin in arms.items()}
+        calls = {arm: steps(t, batch, precision, case["compiled"]) for arm, t in arms.items()}
+        if case["compiled"] and "rmsnorm" in arms:
+            for body in COMPILED_BODIES:
+                calls[f"rmsnorm, {body} body"] = steps(
+                    arms["rmsnorm"], batch, precision, True, body
+                )
         for mode in ("training", "inference"):
             summaries = interleaved(
                 {arm: call[mode] for arm, call in calls.items()},
@@ -158,12 +167,13 @@ def measure(
                 description=f"{label} {precision} {mode}",
             )
             for arm, summary in summaries.items():
-                row = {**sized, **case, "mode": mode, "arm": arm, **summary, "moved": moved[arm]}
+                row = {**sized, **case, "mode": mode, "arm": arm, **summary}
+                row["moved"] = moved.get(arm, moved.get("rmsnorm"))  # another body, same weights
                 report["rows"].append(row)
                 print(
                     f"{label:>14} {precision:>8}{' compiled' * case['compiled']} {mode:>9}  "
                     f"{arm:<28}{summary['us_p50'] / 1e3:>9.2f} ms  {ratio(summary)}  "
-                    f"moved {moved[arm]:.1e}",
+                    f"moved {row['moved']:.1e}",
                     flush=True,
                 )
 

@@ -89,7 +89,8 @@ def models(document: dict[str, Any], folder: Path) -> list[str]:
         for index, row in enumerate(here):
             speed = row["speed"]
             below, above = speed["median"] - speed["min"], speed["max"] - speed["median"]
-            colour = COLOURS[list(dict.fromkeys(r["arm"] for r in here)).index(row["arm"])]
+            arms = list(dict.fromkeys(r["arm"] for r in here))
+            colour = COLOURS[arms.index(row["arm"]) % len(COLOURS)]
             axes.bar(index, speed["median"], yerr=[[below], [above]], color=colour, capsize=3)
         axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=6)
         axes.axhline(1, color="black", linewidth=0.8)
