@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modelcard import TrainingSummary
 
-from hf_rmsnorm import PatchError
+from hf_rmsnorm import PatchError, patch_model
 from hf_rmsnorm.hub.card_merge import BEGIN, END
 from hf_rmsnorm.hub.cards import make_card, save_card, write_card
 from hf_rmsnorm.hub.records import digest
@@ -356,3 +359,27 @@ def test_the_base_model_is_a_name_on_the_hub_and_the_users_to_correct(tmp_path: 
     assert card.data.base_model == "some/gpt2"
     card = ModelCard.load(write_card(checkpoint, base_model="right/one"))
     assert card.data.base_model == "right/one"
+
+
+@pytest.mark.filterwarnings("ignore:.*changed approximately:UserWarning")
+@pytest.mark.parametrize("strategy", ["direct", "auto"])
+def test_what_the_card_says_of_the_native_class_is_true(tmp_path: Path, strategy: str) -> None:
+    torch.manual_seed(6)
+    config = GPT2Config(vocab_size=53, n_embd=24, n_layer=2, n_head=2, n_positions=16)
+    config.bos_token_id = config.eos_token_id = 2
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    tokens = torch.tensor([[5, 9, 2, 40, 11, 7]])
+    patch_model(model, strategy=strategy).save_pretrained(tmp_path)
+    wrongly = (
+        "Loaded wrongly:** `GPT2LMHeadModel.from_pretrained`"
+        in (tmp_path / "README.md").read_text()
+    )
+    native = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert type(native.transformer.ln_f) is nn.LayerNorm
+    with torch.no_grad():
+        outputs = native(tokens).logits, model(tokens).logits
+    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5) != wrongly
+    assert wrongly == (strategy == "direct")

@@ -14,6 +14,7 @@ from harness.arms import NORMS
 from huggingface_hub import ModelCard
 
 import hf_rmsnorm
+from hf_rmsnorm import cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*changed approximately:UserWarning")
 
@@ -88,6 +89,8 @@ def test_the_card_has_the_run_and_the_unpatched_model(
     folder = str(assets.checkpoint.parent)
     assert folder not in card.text.replace(found["environment"]["command"], "")
     assert card.data.base_model is None, "a folder is no name on the Hub"
+    assert cli.main(["card", str(out)]) == 0
+    assert ModelCard.load(out / "README.md").content == card.content
 
 
 @pytest.mark.parametrize("norm", list(NORMS))
