@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TASK_MAPPING
@@ -21,13 +21,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..errors import PatchError
 from ..plan import layer_pattern
-from .card_merge import RESULT_MARK, merge
+from .card_merge import merge
+from .card_results import METRICS, TASK, eval_results, texts
 from .configs import MODEL_TYPE
 from .records import RECORD, check_record
-from .runs import NOT_MEASURED, Run, read_run, spread_text
+from .runs import Run, read_run
 
-METRICS = {"perplexity": "perplexity", "token_accuracy": "accuracy"}  # names the Hub knows
-SCRIPTS_TASK = "text-generation"  # what scripts/ train and measure
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -116,8 +115,8 @@ def make_card(
     """The whole card of a checkpoint with this config, of a run, or of both.
 
     A model that was trained after it was patched is a `finetune` of its base model. One that was
-    only converted has no `base_model_relation`: the Hub knows none that fits (it shows such a
-    model among the finetunes).
+    only converted has no `base_model_relation`: none that the Hub knows (finetune, adapter, merge,
+    quantized) is true of it.
     """
     facts: dict[str, Any] = {}
     if config:
@@ -131,7 +130,7 @@ def make_card(
         base_model=base_model,
         base_model_relation=relation,
         library_name="transformers",
-        pipeline_tag=_task(facts["base_type"], facts["model_class"]) if config else SCRIPTS_TASK,
+        pipeline_tag=_task(facts["base_type"], facts["model_class"]) if config else TASK,
         tags=["hf_rmsnorm", norm_tag, *(["custom_code"] if facts["format"] == "own" else [])],
     )
     norm_name = "RMSNorm" if facts["p"] == 1 else f"pRMSNorm (p = {facts['p']:g})"
@@ -141,8 +140,8 @@ def make_card(
         data["datasets"] = [run.data["dataset"]] if run.data.get("is_local") is False else None
         data["metrics"] = list(METRICS.values())
         data["model_name"] = f"{facts['base_type'] or 'language-model'}-{norm_tag}"
-        data["eval_results"] = _eval_results(run) or None
-        measured = _texts_of_run(run)
+        data["eval_results"] = eval_results(run) or None
+        measured = texts(run)
     text = _template().render(
         card_data=data.to_yaml(),
         base_model=base_model,
@@ -193,85 +192,6 @@ def _facts_of_run(run: Run) -> dict[str, Any]:
         "p": run.arm["p"] or 1.0,
         "sites": _rows(run.sites),
     }
-
-
-def _texts_of_run(run: Run) -> dict[str, Any]:
-    """What the template prints of a run beside its tables."""
-    git = run.environment["git"]
-    code = "not in a git checkout"
-    if git:
-        code = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
-    start, data = run.start, run.data
-    if start.get("name"):
-        from_model = f"the trained model `{start['name']}`"
-    elif start.get("config_name"):
-        overrides = f" with {start['config_overrides']}" if start["config_overrides"] else ""
-        from_model = f"new weights (`{start['config_name']}`{overrides})"
-    else:
-        from_model = "not recorded"
-    text = _text_name(data) or "not recorded by name"
-    if data.get("fingerprint"):
-        text += f" (fingerprint of its tokens: {data['fingerprint']})"
-    if data.get("validation_blocks"):
-        text += f", scored on {data['validation_blocks']} blocks of {data['block_size']} tokens"
-    cells = {"ratio": _ratio, "step_ms": _step_ms, "memory": _memory}
-    return {"code": code, "start": from_model, "text": text, **cells}
-
-
-def _text_name(data: Mapping[str, Any]) -> str:
-    names = [data["dataset"]] if data.get("dataset") else data.get("files", ())
-    config = f" ({data['config']})" if data.get("config") else ""
-    return " and ".join(f"`{name}`" for name in names) + config
-
-
-def _ratio(speed: Mapping[str, Any], is_control: bool) -> str:
-    if is_control:
-        return "1"
-    return spread_text(speed["speed_ratio"], ".3f") if "speed_ratio" in speed else NOT_MEASURED
-
-
-def _memory(speed: Mapping[str, Any]) -> str:
-    peak = speed["peak_memory_bytes"]
-    return NOT_MEASURED if peak is None else f"{peak / 2**20:.0f}"
-
-
-def _step_ms(speed: Mapping[str, Any]) -> str:
-    return " / ".join(f"{1000 * speed[f'step_s_p{q}']:.1f}" for q in (10, 50, 90))
-
-
-def _eval_results(run: Run) -> list[EvalResult]:
-    """Every measured quality of this arm and of the unpatched control, with its spread."""
-    data = run.data
-    name = _text_name(data).replace("`", "") or "local text"
-    found = []
-    for row in run.results:
-        if not row.is_control and row.arm != run.arm:
-            continue
-        for moment, values in row.moments.items():
-            when = "before training" if moment == "before" else f"after {run.steps} steps"
-            for quality, spread in values.items():
-                if spread is None:
-                    continue
-                mark = "unpatched" if row.is_control else "patched"
-                found.append(
-                    EvalResult(
-                        task_type=SCRIPTS_TASK,
-                        dataset_type=data["dataset"] if data.get("is_local") is False else "text",
-                        dataset_name=name,
-                        dataset_config=data.get("config"),
-                        dataset_split="validation",
-                        metric_type=METRICS.get(quality, quality),
-                        metric_name=f"{quality.replace('_', ' ')}, {row.label}, {when}",
-                        metric_value=spread["median"],
-                        metric_args={
-                            RESULT_MARK: mark,
-                            "seeds": list(run.seeds),
-                            "min": spread["min"],
-                            "max": spread["max"],
-                        },
-                    )
-                )
-    return found
 
 
 def _rows(sites: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -11,6 +11,16 @@ from typing import Any
 from ..errors import PatchError
 
 FILES = {"all_results.json": "finetune_clm.py", "results.json": "compare.py"}
+ENVIRONMENT = {
+    "date",
+    "command",
+    "device",
+    "num_processes",
+    "threads",
+    "mixed_precision",
+    "versions",
+    "git",
+}
 CONTROL = "layernorm"
 QUALITIES = {"loss": ".4f", "perplexity": ".2f", "token_accuracy": ".4f"}
 NOT_MEASURED = "not measured"
@@ -109,6 +119,8 @@ def read_run(path: Path, arm: str | None = None, record: Mapping[str, Any] | Non
         path = found[0]
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if lacking := ENVIRONMENT - data["environment"].keys():
+            raise KeyError(*sorted(lacking))
         arms = data["arms"] if "arms" in data else [data["arm"]]
         chosen = _choose(arms, arm, record, path)
         return _compared(data, chosen) if "arms" in data else _finetuned(data, chosen)

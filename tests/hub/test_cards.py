@@ -288,6 +288,7 @@ def test_what_a_run_cannot_say(tmp_path: Path) -> None:
         (results, "rmsnorm:exact", "has no arm 'rmsnorm:exact'; it has layernorm, rmsnorm"),
         ({**results, "arms": results["arms"][:1] + results["arms"][3:]}, None, "belong together"),
         ({**results, "quality": None}, None, r"results\.json is not what"),
+        ({**results, "environment": {"date": "now"}}, None, r"is not what .*'command'"),
         ([], None, r"results\.json is not what"),
     ]
     with pytest.raises(PatchError, match=r"it has no all_results\.json or results\.json"):
