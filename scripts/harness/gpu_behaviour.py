@@ -124,16 +124,23 @@ def compiled_to_inductors() -> Finding:
     return _compiled("torch")
 
 
-def autocast_as_layer_norm() -> None:
-    ours, theirs = (kind(768, device="cuda") for kind in (RMSNorm, nn.LayerNorm))
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(9, 768, device="cuda").to(dtype)
-        with torch.autocast("cuda", torch.bfloat16):
+def autocast() -> None:
+    """By default as nn.LayerNorm; the other outputs have their dtype and are rounded once."""
+    ours, theirs = RMSNorm(768, device="cuda"), nn.LayerNorm(768, device="cuda")
+    half, single = torch.bfloat16, torch.float32
+    for given, output, wanted in (
+        *((half, "float32", single), (half, "input", half), (half, "autocast", half)),
+        *((single, "float32", single), (single, "input", single), (single, "autocast", half)),
+    ):
+        x = torch.randn(9, 768, device="cuda").to(given)
+        ours.autocast_output = output  # type: ignore[assignment]
+        with torch.autocast("cuda", half):
             got, expected = ours(x), theirs(x)
-        if got.dtype != expected.dtype:
-            raise Wrong(f"{got.dtype} where nn.LayerNorm gives {expected.dtype}")
+        if got.dtype != wanted or (output == "float32" and got.dtype != expected.dtype):
+            raise Wrong(f"{output} of {given}: {got.dtype}; nn.LayerNorm gives {expected.dtype}")
         exact = norm_truth.true_norm(x.double(), None, None, eps=1e-5, k=768, offset=0.0)
-        torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=1e-5)
+        rounding = torch.finfo(wanted).eps * exact.abs().max().item()
+        torch.testing.assert_close(got.double(), exact, rtol=0.0, atol=rounding)
 
 
 def gpt2_patched_trains_and_goes_back() -> None:
@@ -237,7 +244,7 @@ SINGLE: tuple[Callable, ...] = (
     nothing_waits_for_the_gpu,
     second_gradient,
     every_layout,
-    autocast_as_layer_norm,
+    autocast,
     compiled_to_our_kernels,
     compiled_to_our_kernels_for_any_shape,
     compiled_to_inductors,

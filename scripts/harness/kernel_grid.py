@@ -53,6 +53,7 @@ class Variant(NamedTuple):
     casting: str = "gemma"
     layout: str = "contiguous"
     train: bool = True  # weight and bias
+    out: Dtype | None = None  # of the result, instead of what the casting says
 
 
 VARIANTS = {
@@ -72,6 +73,10 @@ VARIANTS = {
     "add, float32 residual, llama": Variant(residual=torch.float32, bias=None, casting="llama"),
     "frozen, unaligned": Variant(layout="unaligned", train=False),
     "add, frozen": Variant(residual="same", train=False),
+    "float32 output": Variant(out=torch.float32),
+    "bfloat16 output, float32 weight": Variant(
+        weight=torch.float32, bias=torch.float32, p="0.3", out=torch.bfloat16
+    ),
 }
 
 
@@ -126,7 +131,7 @@ def case(
     def ours(*given: Tensor | None) -> Any:
         x, r, w, b = arguments(given)
         if r is None:
-            return functional.rms_norm(x, w, b, **settings)
+            return functional.rms_norm(x, w, b, **settings, out_dtype=variant.out)
         return functional.add_rms_norm(x, r, w, b, **settings)
 
     def formula(norm: Any, **more: Any) -> Any:
@@ -135,7 +140,10 @@ def case(
             if norm is norm_truth.true_norm:
                 w, b = (None if t is None else t.double() for t in (w, b))
             summed = x if r is None else x + r
-            y = norm(summed, w, b, **exact, **more)
+            if variant.out and summed.dtype != torch.float64:  # rounded once, from float32
+                y = norm(summed.float(), w, b, **exact, **more).to(variant.out)
+            else:
+                y = norm(summed, w, b, **exact, **more)
             return y if r is None else (y, summed)
 
         return function
@@ -162,7 +170,9 @@ def case(
             raise Wrong(f"{name} is {got.dtype} {tuple(got.shape)}, not {expected.dtype}")
         if name in ("y", "summed") and not got.is_contiguous():
             raise Wrong(f"{name} is not contiguous: strides {got.stride()}")
-        found = norm_truth.closeness(got, expected, true, terms=terms[name], unit=unit(dtype))
+        found = norm_truth.closeness(
+            got, expected, true, terms=terms[name], unit=unit(dtype, variant.out)
+        )
         worst = max(worst, Finding(name, *found), key=lambda finding: finding.share)
     if not worst.share <= 1.0:
         raise Wrong(
@@ -172,10 +182,10 @@ def case(
     return worst
 
 
-def unit(dtype: Dtype) -> float | None:
+def unit(*dtypes: Dtype | None) -> float | None:
     """Triton's interpreter cuts float32 to bfloat16, where hardware rounds to nearest."""
     interpreted = not torch.cuda.is_available()
-    return torch.finfo(dtype).eps if interpreted and dtype == torch.bfloat16 else None
+    return torch.finfo(torch.bfloat16).eps if interpreted and torch.bfloat16 in dtypes else None
 
 
 @contextmanager
