@@ -99,6 +99,7 @@ def swap_norms(model: nn.Module, plan: PatchPlan, sites: list[Site], changes: Ch
             "casting": site.spec.casting,
             "channels_first": site.spec.channels_first,
             "autocast_float32": site.spec.autocast_float32,
+            "autocast_output": site.autocast_output,
             "returns_weight_dtype": site.spec.returns_weight_dtype,
         }
         for name, value in wanted.items():

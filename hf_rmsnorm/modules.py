@@ -30,6 +30,15 @@ class RMSNorm(nn.LayerNorm):
 
     Shapes: `(..., *normalized_shape)` to the same shape.
 
+    Attributes:
+        autocast_output: the dtype of the output under `torch.autocast`. `"float32"`: as
+            `nn.LayerNorm`, which is float32 for half precision input too, except on CPUs.
+            `"input"`: x's. `"autocast"`: autocast's own. For layers that read the output in
+            autocast's dtype, as Linear does, `"autocast"` gives the same result with less
+            traffic. Bytes per element with a float32 x: 4 read + 2 written, instead of 4 + 4 and
+            another 4 + 2 for each reader's cast; with a half precision x: 2 + 2 instead of 2 + 4
+            and 4 + 2 for each reader. Float64 stays float64.
+
     Example:
         >>> import torch
         >>> norm = RMSNorm(6)
@@ -43,6 +52,7 @@ class RMSNorm(nn.LayerNorm):
     casting: Literal["gemma", "llama"] = "gemma"
     channels_first: bool = False
     autocast_float32: bool = True
+    autocast_output: Literal["float32", "input", "autocast"] = "float32"
     returns_weight_dtype: bool = False
 
     is_hf_rmsnorm = True
@@ -76,13 +86,9 @@ class RMSNorm(nn.LayerNorm):
         return self._normalize(input)
 
     def _normalize(self, x: Tensor) -> Tensor:
-        if (
-            self.autocast_float32
-            and x.dtype in (torch.float16, torch.bfloat16)
-            and x.device.type != "cpu"
-            and torch.is_autocast_enabled(x.device.type)
-        ):
-            x = x.float()  # what autocast does to F.layer_norm off the CPU
+        out: torch.dtype | None = None
+        if torch._C._is_any_autocast_enabled():
+            x, out = self._autocast(x)
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         shape = x.shape
@@ -98,7 +104,8 @@ class RMSNorm(nn.LayerNorm):
         if weight is not None and (
             weight.dim() > 1 or (self.returns_weight_dtype and weight.dtype != x.dtype)
         ):
-            return self._in_steps(x, weight, bias)
+            y = self._in_steps(x.float() if out == torch.float32 else x, weight, bias)
+            return y if out is None else y.to(out)
         y = functional.rms_norm(
             x,
             weight,
@@ -107,8 +114,26 @@ class RMSNorm(nn.LayerNorm):
             p=self.p,
             weight_offset=self.weight_offset,
             casting=self.casting,
+            out_dtype=out,
         )
         return y.view(shape) if dims > 1 else y
+
+    def _autocast(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+        """What to normalise, and the output's dtype; None for what the formula says."""
+        kind = x.device.type
+        if (
+            x.dtype == torch.float64
+            or not torch.amp.is_autocast_available(kind)
+            or not torch.is_autocast_enabled(kind)
+        ):
+            return x, None
+        if self.autocast_output == "autocast":
+            return x, torch.get_autocast_dtype(kind)
+        if self.autocast_output == "input":
+            return x, x.dtype
+        if self.autocast_float32 and kind != "cpu":  # as autocast does to F.layer_norm
+            return (x.float(), None) if self.casting == "llama" else (x, torch.float32)
+        return x, None
 
     def _in_steps(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """For weights of shape `(heads, hidden)`, and classes that return the weight's dtype."""
@@ -136,7 +161,7 @@ class RMSNorm(nn.LayerNorm):
             parts.append(f"bias={self.bias is not None}")
         else:
             parts.append("elementwise_affine=False")
-        for name in ("weight_offset", "casting", "channels_first"):
+        for name in ("weight_offset", "casting", "channels_first", "autocast_output"):
             if getattr(self, name) != getattr(RMSNorm, name):
                 parts.append(f"{name}={getattr(self, name)}")
         return ", ".join(parts)

@@ -62,6 +62,7 @@ def patch_model(
     inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    autocast_output: str = "auto",
     verify: bool = True,
 ) -> nn.Module:
     """Make the norm modules of `model` RMSNorm or pRMSNorm, in place, and return the model.
@@ -87,6 +88,10 @@ def patch_model(
             made from the config for Transformers models. `"direct"` needs none.
         include: glob patterns over module names; only these sites are patched.
         exclude: glob patterns over module names to leave alone.
+        autocast_output: what the norms give under `torch.autocast` (see `RMSNorm`). `"float32"`:
+            as nn.LayerNorm. `"input"`: x's dtype. `"auto"`: autocast's dtype, wherever running
+            the model shows that its outputs stay the same to the bit; float32 elsewhere, and
+            where the plan needs no run (`"direct"`, RMSNorm already) and `inputs` are not given.
         verify: run what is called exact on a copy, in float64 and in the model's dtype, first.
 
     Raises:
@@ -126,6 +131,7 @@ def patch_model(
         inputs=inputs,
         include=include,
         exclude=exclude,
+        autocast_output=autocast_output,
     )
     measured = None
     if verify and plan.precision:

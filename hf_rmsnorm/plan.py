@@ -32,6 +32,7 @@ class Site:
             that dropping the centring alone changes nothing.
         leftover: largest |mean| / rms seen at its input after folds and centres; `None` if not
             measured.
+        autocast_output: dtype of its output under autocast; see `RMSNorm`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Site:
     spec: NormSpec | None = None
     mean_free: bool = False
     leftover: float | None = None
+    autocast_output: Literal["float32", "input", "autocast"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class PatchPlan:
                 "never reached by the probe, treated like their siblings: "
                 + ", ".join(dict.fromkeys(layer_pattern(name) for name in self.assumed))
             )
+        if low := sum(site.autocast_output == "autocast" for site in self.sites):
+            lines.append(f"under autocast {low} norms write its dtype themselves")
         if self.moved:
             lines.append("side outputs that lose their mean: " + ", ".join(self.moved))
         return "\n".join(lines)

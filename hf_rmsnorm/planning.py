@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .autocast import AUTOCAST_OUTPUTS, direct_sites
 from .errors import PatchError
 from .functional import statistic_size
 from .plan import PatchPlan, Site, Verdict, site_table
@@ -37,6 +38,7 @@ def plan_patch(
     inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    autocast_output: str = "auto",
     verify: bool = True,
 ) -> PatchPlan:
     """What `patch_model` would do with the same arguments. Changes nothing.
@@ -51,6 +53,10 @@ def plan_patch(
     """
     share = check_arguments(model, norm, p, strategy)
     check_post_norm(post_norm, strategy)
+    if autocast_output not in AUTOCAST_OUTPUTS:
+        raise PatchError(
+            f"autocast_output must be one of {', '.join(AUTOCAST_OUTPUTS)}; got {autocast_output!r}"
+        )
     found = find_norms(model)
     chosen = select(found, include, exclude)
     sites = [
@@ -63,9 +69,10 @@ def plan_patch(
         if site.verdict == "approximate" and site.spec and site.spec.kind == "layernorm"
     }
     plan = PatchPlan(norm, share, strategy, tuple(sites))
+    kwargs = None if inputs is None else resolve_inputs(model, inputs)
     if targets and strategy != "direct":
         require_plain_weights(model)
-        kwargs = resolve_inputs(model, inputs)
+        kwargs = kwargs or resolve_inputs(model, None)
         result = probe(model, targets, kwargs)
         absorb, widen = strategy == "auto", post_norm == "extra_neuron"
         if result.kept.keys() & result.leftover.keys() and (absorb or widen):
@@ -83,7 +90,7 @@ def plan_patch(
             precision=result.dtype,
         )
     require_work(plan)
-    return plan
+    return with_autocast(plan, model, autocast_output, kwargs)
 
 
 def check_arguments(model: object, norm: str, p: float | None, strategy: str) -> float:
@@ -221,6 +228,28 @@ def with_probe(site: Site, result: ProbeResult, plan: PatchPlan) -> Site:
     mean = "" if leftover is None else f", |mean|/rms up to {leftover:.2g}"
     reason = f"centring dropped{mean}: {reason}{partial and '; ' + partial}"
     return replace(site, reason=reason, leftover=leftover)
+
+
+def with_autocast(
+    plan: PatchPlan,
+    model: nn.Module,
+    output: str,
+    inputs: Sequence[Mapping[str, Any]] | None,
+) -> PatchPlan:
+    """`plan` with the dtype that each site's norm gives under autocast."""
+    chosen: dict[str, Any] = {}
+    changed = [site for site in plan.sites if site.verdict != "kept" and site.spec]
+    if output == "input":
+        chosen = {site.name: "input" for site in changed}
+    elif output == "auto" and inputs is not None:
+        upcast = {
+            site.name: site.spec.autocast_float32
+            for site in changed
+            if site.spec and not site.spec.returns_weight_dtype
+        }
+        chosen = dict.fromkeys(direct_sites(model, upcast, inputs), "autocast")
+    sites = (replace(s, autocast_output=chosen.get(s.name, "float32")) for s in plan.sites)
+    return replace(plan, sites=tuple(sites))
 
 
 def resolve_inputs(model: nn.Module, inputs: Inputs) -> list[Mapping[str, Any]]:

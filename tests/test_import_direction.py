@@ -19,6 +19,7 @@ LAYERS = [
     {"modules", "recipes", "probe_inputs"},
     {"probing", "layers"},
     {"plan"},
+    {"autocast"},
     {"planning", "changes"},
     {"applying", "verification"},
     {"transfer"},

@@ -77,7 +77,7 @@ def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] = ()) -> dict[s
     modules = Counter(layer_pattern(name) for name, _ in model.named_modules())
     sites: list[dict[str, Any]] = []
     for pattern, group in groups.items():
-        agree = all((s.verdict, s.spec) == (group[0].verdict, group[0].spec) for s in group)
+        agree = len({(s.verdict, s.spec, s.autocast_output) for s in group}) == 1
         agree = agree and len(group) == modules[pattern]
         for name, site in [(pattern, group[0])] if agree else [(s.name, s) for s in group]:
             sites.append({**asdict(site), **relative(name)})

@@ -189,6 +189,48 @@ def test_wide(backend: Backend, shape: tuple, dtype: torch.dtype, variant: str) 
     check(backend, shape, dtype, VARIANTS[variant])
 
 
+@pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("added", [False, True])
+def test_an_output_dtype_of_its_own(
+    backend: Backend, dtype: torch.dtype, out: torch.dtype, added: bool
+) -> None:
+    """As in float32 throughout, with one cast at the end."""
+    x, residual = torch.randn(2, 13, 96, device=backend.device).to(dtype)
+    weight, bias = torch.randn(2, 96, device=backend.device)
+    exact = {"eps": 1e-5, "k": 96, "offset": 1.0}
+
+    def ours(x, r, w, b):
+        settings = {"weight_offset": 1.0, "out_dtype": out}
+        if added:
+            return functional.add_rms_norm(x, r, w, b, **settings)
+        return functional.rms_norm(x, w, b, **settings)
+
+    def formula(norm, wide, cast, **extra):
+        def function(x, r, w, b):
+            summed = x + r if added else x
+            y = norm(summed.to(wide), w, b, **exact, **extra).to(cast)
+            return (y, summed) if added else y
+
+        return function
+
+    inputs = [x, residual if added else None, weight, bias]
+    eagerly = formula(eager_norm, torch.float32, out, casting="gemma")
+    cotangents = [torch.randn_like(x, dtype=t) for t in ((out, dtype) if added else (out,))]
+    backend.calls.clear()
+    got = run(ours, inputs, cotangents)
+    # pairs of dtypes the C kernel was not built for go to the reference
+    assert len(backend.calls) >= 2 or backend.module is cpu_backend
+    eager = run(eagerly, inputs, cotangents)
+    truth = run(formula(true_norm, torch.float64, torch.float64), inputs, cotangents, torch.float64)
+    terms = sizes_of_terms(
+        x.double() + residual.double() if added else x, weight, bias, cotangents[0], **exact
+    )
+    unit = backend.unit(torch.bfloat16 if torch.bfloat16 in (dtype, out) else dtype)
+    for name, a, b, c in zip(names_of(inputs), got, eager, truth, strict=True):
+        assert_as_close_as(a, b, c, name=name, terms=terms[name], unit=unit)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_roundings_are_where_the_casting_puts_them(backend: Backend, dtype: torch.dtype) -> None:
     """A missing rounding only makes results more accurate; so compare bits, not errors."""
