@@ -99,13 +99,17 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:
         raise
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise PatchError(f"{folder} does not load: {_line(error)}") from error
-    found = loaded[1]
+    model, found = loaded
     lost = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
     if lost:
         raise PatchError(
             f"{folder}: {len(lost)} weights are missing or of another shape than config.json says, "
             f"{sorted(lost)[0]} among them: they would load as random numbers"
         )
+    for name in (getattr(model.config, "auto_map", None) or {}).values():
+        code = folder / f"{str(name).partition('.')[0]}.py"
+        if "--" not in str(name) and not code.is_file():  # `repo--module.Class` lies elsewhere
+            raise PatchError(f"{code} is missing: nobody without the package could load {folder}")
 
 
 def check_card(folder: Path) -> None:

@@ -222,6 +222,7 @@ def edit_card(folder: Path, old: str, new: str) -> None:
 DAMAGE = {
     "no config": ("own", lambda f: drop(f, "config.json"), "no config.json"),
     "no weights": ("own", lambda f: drop(f, "*.safetensors"), "has no weights"),
+    "no code": ("own", lambda f: drop(f, "*.py"), "modeling_hf_rmsnorm.py is missing"),
     "half a file": ("own", lambda f: cut(f / "model.safetensors"), "model.safetensors is damaged"),
     "lost weight": ("plain", lose_a_weight, "h.1.mlp.c_fc.weight among them"),
     "lost patched weight": ("own", lose_a_weight, "h.1.mlp.c_fc.weight among them"),
