@@ -41,7 +41,7 @@ from harness.benchmark import (
     plot,
     ratio,
 )
-from harness.op_trials import COPY, Shape, Trial, call_of, inputs_of, memory_problem
+from harness.op_trials import COPY, Shape, Trial, call_of, inputs_of, memory_problem, profile_missed
 from harness.results import machine, write_json
 from torch._functorch import config as functorch_config
 
@@ -124,6 +124,23 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def profiles(document: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for goal in document["goals"]:
+        if goal["status"] == "missed":
+            try:
+                times = profile_missed(goal, document["rows"], device)
+            except RuntimeError as error:  # not every machine lets a profiler in
+                print(f"no profile: {error}")
+                return found
+            found.append({"goal": goal["goal"], "at": goal["worst_place"], "us_per_call": times})
+            print(f"profile: {goal['goal']}, at {goal['worst_at']}")
+            for provider, kernels in times.items():
+                for kernel, us in list(kernels.items())[:6]:
+                    print(f"  {provider:<21}{us:>9.1f} us  {kernel[:90]}")
+    return found
+
+
 def shapes_of(args: argparse.Namespace) -> list[Shape]:
     device_type = pick_device(cpu=args.cpu).type
     rows, hidden, dtypes = GPU if device_type == "cuda" else CPU
@@ -160,6 +177,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only_compile", metavar="I/N", help="fill the compilers' caches for every Nth shape"
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="where a goal is missed most, time each kernel"
+    )
     add_flags(parser, rounds=11, block_seconds=0.02)
     args = parser.parse_args(argv)
     if args.threads:
@@ -189,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_json(args.out, document)
     document["goals"] = goals.of_ops(document["rows"], device.type)
     goals.show(document["goals"])
+    if args.profile:
+        document["profiles"] = profiles(document, device)
     plot("ops", document, args.plots)
     finish(document, args.out)
     if report["wrong"]:

@@ -31,7 +31,7 @@ from harness.results import machine, write_json
 
 PARTS = ("correctness", "ops", "models")
 UNTIL = {"correctness": 0.42, "ops": 0.74, "models": 0.97}  # of all the time
-START_UP = 20.0  # seconds that a benchmark may be over its time before it is stopped
+GRACE = 30.0  # seconds over its time, to start and to finish, before a benchmark is stopped
 TINY = {
     "ops": (
         *("--rows", "5", "--hidden", "24", "--providers", "rms_norm"),
@@ -43,7 +43,7 @@ TINY = {
     ),
 }
 QUICK = {
-    "ops": ("--quick", "--rounds", "5", "--block_seconds", "0.005"),
+    "ops": ("--quick", "--profile", "--rounds", "5", "--block_seconds", "0.005"),
     "models": ("--quick", "--rounds", "5"),
 }
 
@@ -80,10 +80,10 @@ def benchmark(part: str, args: argparse.Namespace, folder: Path, seconds: float)
     env = environment(interpret=False, **args.env)
     child = Child((f"scripts/bench_{part}.py", *flags, *own), env, folder / part)
     child.start()
-    late = wait([child], Deadline(seconds + START_UP))
+    late = wait([child], Deadline(seconds + GRACE))
     print("\n".join(line for line in child.text().splitlines() if not line.startswith("{")))
     if late:
-        print(f"{part}: stopped after {seconds + START_UP:.0f} s")
+        print(f"{part}: stopped after {seconds + GRACE:.0f} s")
     document = json.loads(out.read_text()) if out.exists() else None
     if document is None or (child.status and not late):
         args.broken.append(f"{part}: ended with status {child.status}")
@@ -152,14 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in args.parts:
             left = UNTIL[part] * args.seconds - (time.monotonic() - start)
             print(f"== {part}: {max(0.0, left):.0f} s", flush=True)
-            if left <= START_UP:
+            if left <= GRACE:
                 args.broken.append(f"{part}: no time left")
             elif part == "correctness":
                 results = correctness(args, Path(temporary), Deadline(left))
                 document["correctness"] = results
                 print(table(results), flush=True)
             else:
-                found = benchmark(part, args, Path(temporary), left - START_UP)
+                found = benchmark(part, args, Path(temporary), left - GRACE)
                 if found is not None:
                     judge = goals.of_ops if part == "ops" else goals.of_models
                     found_goals += judge(found["rows"], device.type)

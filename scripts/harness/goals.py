@@ -7,122 +7,122 @@ The figures are for an H100, in bfloat16, and for a CPU with two cores.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.norms import CONTROL, OURS, is_ours
 
 Row = dict[str, Any]
+Cell = dict[str, Row]  # one shape, pass and mode, by provider
+KEYS = ("op", "rows", "hidden", "dtype", "pass", "mode")
 COMPILED = ("compiled F.layer_norm", "compiled F.rms_norm")
+ANY = (0, 2**30)
+
+
+def over(*names: str, ours: str = OURS) -> Callable[[Cell], float | None]:
+    """Time of the fastest of these (none given: of every peer), over ours."""
+
+    def value(cell: Cell) -> float | None:
+        peers = [
+            row["us_p50"]
+            for name, row in cell.items()
+            if (name in names if names else not is_ours(name) and name != "copy")
+        ]
+        return min(peers) / cell[ours]["us_p50"] if peers and ours in cell else None
+
+    return value
+
+
+def share_of_copy(cell: Cell) -> float | None:
+    return cell[OURS]["percent_of_copy"] / 100 if OURS in cell else None
+
+
+class Goal(NamedTuple):
+    text: str
+    needed: float
+    value: Callable[[Cell], float | None]
+    which: str  # pass
+    op: str = "norm"
+    mode: str = "graph"
+    rows: tuple[int, int] = ANY
+    hidden: tuple[int, int] = ANY
+    device_type: str = "cuda"  # there in bfloat16 only
+
+    def covers(self, cell: Row) -> bool:
+        return (
+            (cell["op"], cell["pass"], cell["mode"]) == (self.op, self.which, self.mode)
+            and self.rows[0] <= cell["rows"] <= self.rows[1]
+            and self.hidden[0] <= cell["hidden"] <= self.hidden[1]
+            and (cell["dtype"] == "bfloat16" or self.device_type == "cpu")
+        )
+
+
+MANY, WIDE, KILO = (4096, 2**30), (8192, 2**30), (1024, 65536)
+OF_OPS = (
+    Goal("forward, speed over the fastest peer's", 0.97, over(), "forward"),
+    Goal(
+        "forward, share of copy bandwidth, 1K to 64K wide, 4096 rows and more",
+        *(0.95, share_of_copy, "forward"),
+        rows=MANY,
+        hidden=KILO,
+    ),
+    Goal(
+        "backward, speed over Liger's and ATen's, 8K wide and more, 4096 rows and more",
+        *(1.5, over("Liger", "F.rms_norm"), "backward"),
+        rows=MANY,
+        hidden=WIDE,
+    ),
+    Goal(
+        "backward, speed over Inductor's and quack's",
+        *(1.0, over(*COMPILED, "quack"), "backward"),
+    ),
+    Goal(
+        "eager forward and backward, speed over F.rms_norm, 1K wide and more, 4096 rows",
+        *(1.0, over("F.rms_norm"), "both"),
+        mode="eager",
+        rows=(4096, 4096),
+        hidden=(1024, 2**30),
+    ),
+    Goal(
+        "add and norm, forward, share of copy bandwidth, 1K to 64K wide, 4096 rows and more",
+        *(0.95, share_of_copy, "forward"),
+        op="add_norm",
+        rows=MANY,
+        hidden=KILO,
+    ),
+    *(
+        Goal(
+            f"CPU, {label}, speed over F.layer_norm, 512 rows and more",
+            *(1.1, over(CONTROL, ours="rms_norm, bias"), which),
+            mode="eager",
+            rows=(512, 2**30),
+            device_type="cpu",
+        )
+        for which, label in (("forward", "forward"), ("both", "forward and backward"))
+    ),
+)
 
 
 def of_ops(rows: list[Row], device_type: str) -> list[Row]:
     """The goals of one op, from the rows of bench_ops."""
-    cells: dict[tuple, dict[str, Row]] = {}
+    cells: dict[tuple, Cell] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("op", "rows", "hidden", "dtype", "pass", "mode"))
-        cells.setdefault(key, {})[row["provider"]] = row
-
-    def points(
-        value: Callable[[dict[str, Row]], float | None],
-        *,
-        min_rows: int = 0,
-        max_rows: int = 2**30,
-        **wanted: Any,
-    ) -> list[tuple[str, float]]:
-        found = []
-        for (op, n_rows, hidden, dtype, which, mode), cell in cells.items():
-            here = {"op": op, "dtype": dtype, "which": which, "mode": mode}
-            low, high = wanted.get("hidden", (0, 2**30))
-            fits = all(here[k] == v for k, v in wanted.items() if k != "hidden")
-            if fits and low <= hidden <= high and min_rows <= n_rows <= max_rows:
-                ratio = value(cell)
-                if ratio is not None:
-                    found.append((f"{n_rows}x{hidden}", ratio))
-        return found
-
-    def against(names: Iterable[str] | None) -> Callable[[dict[str, Row]], float | None]:
-        """Time of the fastest of these (None: every peer), over ours."""
-
-        def value(cell: dict[str, Row]) -> float | None:
-            peers = [
-                row["us_p50"]
-                for name, row in cell.items()
-                if (name in names if names else not is_ours(name) and name != "copy")
-            ]
-            return min(peers) / cell[OURS]["us_p50"] if peers and OURS in cell else None
-
-        return value
-
-    def of_copy(cell: dict[str, Row]) -> float | None:
-        return cell[OURS]["percent_of_copy"] / 100 if OURS in cell else None
-
-    def against_layer_norm(cell: dict[str, Row]) -> float | None:
-        ours, control = cell.get("rms_norm, bias"), cell.get(CONTROL)
-        return control["us_p50"] / ours["us_p50"] if ours and control else None
-
-    gpu: dict[str, Any] = {"op": "norm", "dtype": "bfloat16", "mode": "graph"}
-    wide, kilo = (8192, 2**30), (1024, 65536)
-    on_gpu = [
-        (
-            "forward, speed over the fastest peer's",
-            0.97,
-            points(against(None), which="forward", **gpu),
-        ),
-        (
-            "forward, share of copy bandwidth, 1K to 64K wide, 4096 rows and more",
-            0.95,
-            points(of_copy, which="forward", hidden=kilo, min_rows=4096, **gpu),
-        ),
-        (
-            "backward, speed over Liger's and ATen's, 8K wide and more, 4096 rows and more",
-            1.5,
-            points(
-                against(["Liger", "F.rms_norm"]),
-                which="backward",
-                hidden=wide,
-                min_rows=4096,
-                **gpu,
-            ),
-        ),
-        (
-            "backward, speed over Inductor's and quack's",
-            1.0,
-            points(against([*COMPILED, "quack"]), which="backward", **gpu),
-        ),
-        (
-            "eager forward and backward, speed over F.rms_norm, 1K wide and more, 4096 rows",
-            1.0,
-            points(
-                against(["F.rms_norm"]),
-                which="both",
-                hidden=(1024, 2**30),
-                min_rows=4096,
-                max_rows=4096,
-                **gpu | {"mode": "eager"},
-            ),
-        ),
-        (
-            "add and norm, forward, share of copy bandwidth, 1K to 64K wide, 4096 rows and more",
-            0.95,
-            points(
-                of_copy, which="forward", hidden=kilo, min_rows=4096, **gpu | {"op": "add_norm"}
-            ),
-        ),
-    ]
-    cpu: dict[str, Any] = {"op": "norm", "mode": "eager", "min_rows": 512}
-    on_cpu = [
-        (
-            f"CPU, {label}, speed over F.layer_norm, 512 rows and more",
-            1.1,
-            points(against_layer_norm, which=which, **cpu),
-        )
-        for which, label in (("forward", "forward"), ("both", "forward and backward"))
-    ]
-    is_gpu = device_type == "cuda"
-    return [
-        *(_judged(name, needed, found if is_gpu else []) for name, needed, found in on_gpu),
-        *(_judged(name, needed, [] if is_gpu else found) for name, needed, found in on_cpu),
-    ]
+        cells.setdefault(tuple(row[key] for key in KEYS), {})[row["provider"]] = row
+    found = []
+    for goal in OF_OPS:
+        points: list[tuple[str, float]] = []
+        places: list[Row] = []
+        for key, cell in cells.items():
+            place = dict(zip(KEYS, key, strict=True))
+            value = goal.value(cell)
+            if value is not None and goal.device_type == device_type and goal.covers(place):
+                points.append((f"{place['rows']}x{place['hidden']}", value))
+                places.append(place)
+        judged = _judged(goal.text, goal.needed, points)
+        if points:
+            ratios = [ratio for _, ratio in points]
+            judged["worst_place"] = places[ratios.index(min(ratios))]
+        found.append(judged)
+    return found
 
 
 def of_models(rows: list[Row], device_type: str) -> list[Row]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness import norms
-from harness.benchmark import Call
+from harness.benchmark import Call, synchronize
 
 COPY = "copy"
 
@@ -141,3 +141,43 @@ def memory_problem(shape: Shape, device: torch.device) -> str | None:
     if tensors * tensor <= free:
         return None
     return f"would take about {tensors * tensor / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
+
+
+def kernel_times(call: Call, device: torch.device) -> dict[str, float]:
+    """Microseconds per call of each kernel (on a CPU: of each operator), by PyTorch's profiler.
+
+    The calls follow each other, so part of the inputs may come from a cache.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    for _ in range(3):
+        call.run()
+    synchronize()
+    with profile(activities=[activity]) as found:
+        for _ in range(10):
+            call.run()
+        synchronize()
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {event.key: getattr(event, name) / 10 for event in found.key_averages()}
+    return dict(sorted(((k, v) for k, v in times.items() if v), key=lambda item: -item[1]))
+
+
+def profile_missed(goal: dict[str, Any], rows: list[dict[str, Any]], device: torch.device) -> Any:
+    """Where a goal is missed most: kernels and their times, of ours and of the fastest other."""
+    place = goal["worst_place"]
+    cell = [row for row in rows if all(row[key] == value for key, value in place.items())]
+    peers = [row for row in cell if row["provider"] != COPY and not norms.is_ours(row["provider"])]
+    fastest = min(peers, key=lambda row: row["us_p50"])["provider"]
+    shape = Shape(place["op"], place["rows"], place["hidden"], place["dtype"])
+    inputs, cotangents = inputs_of(shape, device)
+    torch._dynamo.reset()
+    functions, _ = norms.available(shape.op, device, [norms.OURS, fastest])
+    return {
+        name: kernel_times(
+            call_of(norms.PROVIDERS[name], functions[name], inputs, cotangents, place["pass"]),
+            device,
+        )
+        for name in (norms.OURS, fastest)
+    }

@@ -141,7 +141,9 @@ def test_a_wrong_peer_is_left_out_with_the_reason(
     document = read(out)
     assert {row["provider"] for row in document["rows"]} == {"F.layer_norm", "copy"}
     reasons = document["without"]
-    assert reasons["Apex at norm 5x24 float32"] == "NotImplementedError: feature dimension too large"
+    assert (
+        reasons["Apex at norm 5x24 float32"] == "NotImplementedError: feature dimension too large"
+    )
     assert reasons["F.rms_norm at norm 5x24 float32"].startswith("dx is off by")
 
 
@@ -197,6 +199,19 @@ def test_benchmarks_need_torch_and_transformers_alone(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("no plots: ") == 2
+
+
+def test_a_missed_goal_is_profiled() -> None:
+    from harness.op_trials import profile_missed
+
+    place = {"op": "norm", "rows": 7, "hidden": 24, "dtype": "float32", "pass": "both"}
+    place["mode"] = "eager"
+    rows = [row(24, name, us) | place for name, us in (("F.layer_norm", 5.0), ("F.rms_norm", 9.0))]
+    rows += [row(24, "rms_norm", 6.0) | place, row(48, "F.rms_norm", 1.0)]
+    found = profile_missed({"worst_place": place}, rows, torch.device("cpu"))
+    assert set(found) == {"rms_norm", "F.layer_norm"}
+    assert found["F.layer_norm"]["aten::native_layer_norm_backward"] > 0
+    assert list(found["rms_norm"].values()) == sorted(found["rms_norm"].values(), reverse=True)
 
 
 def row(hidden: int, provider: str, us: float, **other: Any) -> dict[str, Any]:
