@@ -42,9 +42,9 @@ def merge(path: Path, card: ModelCard, replace: Sequence[str] = ()) -> str:
             f"{path} cannot be read as a model card: {error}; repair it or move it away"
         ) from None
     body = text[found.end() :] if found else text
-    if [body.count(BEGIN), body.count(END)] not in ([0, 0], [1, 1]):
+    if [body.count(BEGIN), body.count(END), len(SECTION.findall(body))] not in ([0] * 3, [1] * 3):
         raise PatchError(
-            f"{path}: {BEGIN!r} and {END!r} must be there once each, or neither of them"
+            f"{path}: {BEGIN!r} and {END!r} must be there once each, in this order, or neither"
         )
     line_break = "\r\n" if "\r\n" in text else "\n"
     section = "".join(SECTION.findall(card.text)).replace("\n", line_break)
@@ -55,9 +55,7 @@ def merge(path: Path, card: ModelCard, replace: Sequence[str] = ()) -> str:
     try:
         block = _merge_metadata(block, theirs, card.data.to_dict(), replace)
     except (TypeError, KeyError, AttributeError, IndexError) as error:
-        raise PatchError(
-            f"{path}: its model-index is not as the Hub defines it: {error!r}"
-        ) from None
+        raise PatchError(f"{path}: its metadata is not as the Hub defines it: {error!r}") from None
     return f"---\n{block}---\n".replace("\n", line_break) + body
 
 

@@ -156,8 +156,10 @@ def test_odd_cards_are_merged_too(tmp_path: Path, readme: str) -> None:
         ({**OWN, "hf_rmsnorm": {**RECORD, "digest": "0"}}, None, "was edited since"),
         (OWN, "---\na: [\n---\n", "cannot be read as a model card"),
         (OWN, "---\n- a\n---\n", "cannot be read as a model card"),
-        (OWN, "---\nmodel-index: [1]\n---\n", "model-index is not as the Hub defines it"),
+        (OWN, "---\nmodel-index: [1]\n---\n", "metadata is not as the Hub defines it"),
+        (OWN, "---\ntags: [{a: 1}]\n---\n", "metadata is not as the Hub defines it"),
         (OWN, "text\n" + BEGIN + " -->\n", "once each"),
+        (OWN, f"{END}\ntext\n{BEGIN} -->\n", "once each"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(
