@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PatchError
@@ -95,7 +97,7 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
             missing, damaged, or does not fit its weights.
         OSError: no such hub repository (from transformers).
     """
-    _check_folder(Path(path_or_repo) / kwargs.get("subfolder", ""))
+    _check_folder(Path(path_or_repo) / (kwargs.get("subfolder") or ""))
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     config, _ = PreTrainedConfig.get_config_dict(
         path_or_repo, **{key: kwargs[key] for key in hub if key in kwargs}
@@ -125,14 +127,28 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
 def _patch_again(model: Any, record: dict[str, Any], where: str) -> None:
     """The patch of a stock checkpoint, whose weights are folded already."""
     plan, folds = from_record(model, record, where), folds_of(model, record, where)
-    if loose := off_centre(model, folds):
-        raise PatchError(
-            f"{where} says that the weights were folded for RMSNorm, but {loose[0]} is not centred "
-            "(any more): the checkpoint was trained as a LayerNorm model since. Load it with "
-            "transformers' AutoModel classes, and patch it again"
-        )
+    for fold in folds:
+        with _in_memory(model.get_submodule(fold.parameter.rpartition(".")[0])):
+            centred = not off_centre(model, (fold,))
+        if not centred:
+            raise PatchError(
+                f"{where} says that the weights were folded for RMSNorm, but {fold.parameter} is "
+                "not centred (any more): the checkpoint was trained as a LayerNorm model since. "
+                "Load it with transformers' AutoModel classes, and patch it again"
+            )
     apply_plan(model, replace(plan, folds=()))
-    model.__dict__[saving.SAVED].evidence = Evidence(model, folds)
+    saved = model.__dict__[saving.SAVED]
+    if saved.evidence is not None:
+        saved.evidence = Evidence(model, folds)
+
+
+def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
+    """The module with its weights, if it is one whose weights accelerate keeps elsewhere."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def _check_folder(folder: Path) -> None:
@@ -141,7 +157,10 @@ def _check_folder(folder: Path) -> None:
         return  # a hub name, or transformers says what is wrong
     if not (folder / "config.json").is_file():
         raise PatchError(f"{folder} is not a checkpoint: it has no config.json")
-    for path in _weight_files(folder):
+    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    if not weights:
+        raise PatchError(f"{folder} is half a checkpoint: it has a config.json, but no weights")
+    for path in (*weights, *_shards(folder)):
         if not path.is_file():
             raise PatchError(f"{path} is missing: {folder} was not written, or copied, to the end")
         if path.suffix == ".safetensors":
@@ -152,11 +171,11 @@ def _check_folder(folder: Path) -> None:
                 raise PatchError(f"{path} is damaged or incomplete ({error})") from None
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
+def _shards(folder: Path) -> Iterator[Path]:
+    """The files that the folder's indices name."""
     for index in folder.glob("*.index*.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise PatchError(f"{index} is damaged ({error!r})") from None
         yield from (folder / name for name in sorted(names))
-    yield from folder.glob("*.safetensors")

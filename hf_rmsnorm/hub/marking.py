@@ -31,7 +31,8 @@ def mark(model: nn.Module, plan: PatchPlan) -> None:
             continue
         base = base_class(type(part))
         fresh = base is type(part)  # else it is being loaded, as what a checkpoint says it is
-        exact = fresh and part is model and may_be_stock(plan)
+        here = not any(parameter.is_meta for parameter in part.parameters())  # not offloaded
+        exact = fresh and part is model and may_be_stock(plan) and here
         evidence = Evidence(part, plan.folds) if exact else None
         part.__dict__[SAVED] = Saved(inner, to_record(part, inner), evidence)
         _become(part, model_class(base))

@@ -47,7 +47,7 @@ class Saved:
         plan: what was done to this model, names relative to it.
         record: the same for the config.
         evidence: what its exactness rests on; None where it cannot be stock: not exact, a part of
-            what was patched, or loaded from a checkpoint that was not.
+            what was patched, loaded from a checkpoint that was not, or with offloaded weights.
     """
 
     plan: PatchPlan
@@ -72,6 +72,8 @@ def save_pretrained(
     target = Path(save_directory)
     if target.exists() and not target.is_dir():
         raise PatchError(f"{target} is a file: save_pretrained needs a folder")
+    if state_dict is not None:  # of torch.compile's wrappers, too
+        state_dict = {name.replace("_orig_mod.", ""): t for name, t in state_dict.items()}
     saved: Saved = model.__dict__[SAVED]
     stock = saved.evidence is not None and saved.evidence.holds(model, state_dict)
     with _saving_config(model, base, saved, stock):

@@ -12,30 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_models import forward, gemma, gpt2
 from torch import Tensor, nn
 
 import hf_rmsnorm
-from hf_rmsnorm import PartialRMSNorm, PatchError, patch_model, patch_report
+from hf_rmsnorm import PartialRMSNorm, PatchError, RMSNorm, patch_model, patch_report
 from hf_rmsnorm.hub.records import digest
-
-TOKENS = {"input_ids": torch.tensor([[5, 9, 2, 40, 11, 7]])}
-
-
-def gpt2(seed: int = 3) -> nn.Module:
-    torch.manual_seed(seed)
-    config = transformers.GPT2Config(
-        vocab_size=53, n_embd=24, n_layer=3, n_head=2, n_positions=16, eos_token_id=2
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def forward(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(**TOKENS)[0]
 
 
 @pytest.fixture
@@ -98,20 +80,6 @@ def test_the_order_of_imports_does_not_matter(saved: tuple[Path, Tensor], first:
         [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
     )
     assert run.stdout.strip() == "PartialRMSNorm", run.stderr
-
-
-@pytest.mark.launch
-def test_without_the_package_loading_fails_loudly(saved: tuple[Path, Tensor]) -> None:
-    path, _ = saved
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM\n"
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, path], capture_output=True, text=True, check=False
-    )
-    assert run.returncode != 0
-    assert "trust_remote_code=True" in run.stderr
 
 
 def test_unpatched_models_in_the_same_process_are_untouched(saved: tuple[Path, Tensor]) -> None:
@@ -221,24 +189,59 @@ def test_damaged_records_are_refused(saved: tuple[Path, Tensor]) -> None:
 def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match=r"is not a checkpoint: it has no config\.json"):
         hf_rmsnorm.from_pretrained(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(PatchError, match="file is not a checkpoint"):
+        hf_rmsnorm.from_pretrained(tmp_path / "file")
+    with pytest.raises(OSError, match="nowhere"):
+        hf_rmsnorm.from_pretrained(tmp_path / "nowhere")
 
 
-def gemma() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.GemmaConfig(
-        vocab_size=53,
-        hidden_size=24,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=12,
-    )
-    model = transformers.GemmaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+@pytest.mark.parametrize("strategy", ["auto", "direct"])
+def test_half_a_checkpoint_is_refused(tmp_path: Path, strategy: str) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(PatchError, match=message):
+            hf_rmsnorm.from_pretrained(tmp_path)
+
+    model = patch_model(gpt2(), strategy=strategy)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-100])
+    refused(f"{shards[1].name} is damaged or incomplete")
+    shards[1].write_bytes(b"")
+    refused(f"{shards[1].name} is damaged or incomplete")
+    shards[1].unlink()
+    refused(f"{shards[1].name} is missing")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:50])
+    refused(f"{index.name} is damaged")
+    for path in (index, *shards):
+        path.unlink(missing_ok=True)
+    refused("half a checkpoint: it has a config.json, but no weights")
+
+
+def test_a_stock_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    patch_model(gpt2()).save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())["hf_rmsnorm"]
+    other = [{**row, "name": row["name"].replace("ln_f", "norm")} for row in record["sites"]]
+    wide = [{**row, "spec": {**row["spec"], "normalized_shape": [48]}} for row in record["sites"]]
+    loose = [*record["folds"], {**record["folds"][0], "name": "h.*.mlp.c_fc.bias"}]
+    none = {key: value for key, value in record.items() if key != "folds"}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({**record, "version": 99}, r"config\.json has version 99.*update the package"),
+        ({**record, "sites": []}, r"config\.json was edited"),
+        ({"folds": []}, r"config\.json has no usable 'hf_rmsnorm' record"),
+        (signed({**record, "sites": other}), r"config\.json names 'transformer\.norm'"),
+        (signed({**record, "sites": wide}), r"config\.json has .* over \(48,\)"),
+        (signed({**record, "folds": loose}), r"transformer\.h\.0\.mlp\.c_fc\.bias is not centred"),
+        (signed(none), r"config\.json does not say which weights are centred"),
+    ]
+    for wrong, message in cases:
+        edit(tmp_path, hf_rmsnorm=wrong)
+        with pytest.raises(PatchError, match=message):
+            hf_rmsnorm.from_pretrained(tmp_path)
+    edit(tmp_path, hf_rmsnorm=record)
+    assert type(hf_rmsnorm.from_pretrained(tmp_path).transformer.ln_f) is RMSNorm
 
 
 def test_rms_models_with_our_kernel_stay_stock_checkpoints(tmp_path: Path) -> None:

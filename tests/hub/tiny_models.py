@@ -74,21 +74,25 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def run_without_package(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `code` where `hf_rmsnorm` cannot be imported."""
-    block = (
-        "import sys\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] == 'hf_rmsnorm':\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Blocked())\n"
-    )
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_rmsnorm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run_python(
+    code: str, *arguments: object, package: bool, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own, where `hf_rmsnorm` can be imported or cannot."""
     return subprocess.run(
-        [sys.executable, "-c", block + code, *map(str, arguments)],
+        [sys.executable, "-c", code if package else BLOCK + code, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "TRITON_INTERPRET": ""},
+        env={**os.environ, **(env or {})},
     )
