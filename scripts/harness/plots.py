@@ -66,6 +66,7 @@ def _share_of_copy(rows: list[dict[str, Any]], title: str) -> Figure:
                     [share for _, share in points],
                     marker=MARKERS[index % len(MARKERS)],
                     markersize=4,
+                    linewidth=2.5 if name.startswith("rms_norm") else 1,  # ours
                     label=name,
                     **_style(index),
                 )
