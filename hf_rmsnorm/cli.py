@@ -59,6 +59,9 @@ def patch(arguments: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
         target = Path(beside) / out.name
+        if (out / "README.md").is_file():  # saving merges a card that is there
+            target.mkdir()
+            shutil.copy2(out / "README.md", target)
         model.save_pretrained(target)
         _copy_processor(arguments.model, target)
         (target / PLAN_FILE).write_text(report.plan.to_json() + "\n")
@@ -223,7 +226,9 @@ def _parser() -> argparse.ArgumentParser:
         "patch", parents=[loading, patching], help="write the patched checkpoint"
     )
     command.add_argument("out", help="folder to write")
-    command.add_argument("--overwrite", action="store_true", help="replace the folder")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the folder; its card is merged"
+    )
     command.set_defaults(run=patch)
 
     command = commands.add_parser(

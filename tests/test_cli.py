@@ -49,6 +49,12 @@ def test_patch_then_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads((out / "config.json").read_text())["model_type"] == "gpt2"
     assert main(["verify", str(checkpoint), str(out)]) == 0
     assert "within" in capsys.readouterr().out
+    (out / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    (out / "old.bin").write_text("old")
+    assert main(["patch", str(checkpoint), str(out), "--overwrite"]) == 0
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card and "Mine.\n" in card and "- hf_rmsnorm" in card
+    assert not (out / "old.bin").exists()
     direct = checkpoint.parent / "direct"
     assert main(["patch", str(checkpoint), str(direct), "--strategy", "direct"]) == 0
     assert main(["verify", str(checkpoint), str(direct)]) == 1
