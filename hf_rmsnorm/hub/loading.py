@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -16,10 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PatchError
 from ..patching import apply_plan
+from ..plan import PatchPlan
+from ..probing import Fold
 from . import saving
 from .configs import MODEL_TYPE, config_class, stock_class
 from .exactness import Evidence, off_centre
-from .records import RECORD, check_record, config_file, folds_of, from_record
+from .records import RECORD, check_record, config_file, folds_of, from_record, gains
 
 _model_classes: dict[Any, Any] = {}
 
@@ -127,19 +130,32 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
 def _patch_again(model: Any, record: dict[str, Any], where: str) -> None:
     """The patch of a stock checkpoint, whose weights are folded already."""
     plan, folds = from_record(model, record, where), folds_of(model, record, where)
-    for fold in folds:
-        with _in_memory(model.get_submodule(fold.parameter.rpartition(".")[0])):
-            centred = not off_centre(model, (fold,))
-        if not centred:
-            raise PatchError(
-                f"{where} says that the weights were folded for RMSNorm, but {fold.parameter} is "
-                "not centred (any more): the checkpoint was trained as a LayerNorm model since. "
-                "Load it with transformers' AutoModel classes, and patch it again"
-            )
-    apply_plan(model, replace(plan, folds=()))
+    if changed := _changed_since(model, plan, folds, record["gains"]):
+        raise PatchError(
+            f"{where} says that the weights were folded for RMSNorm, but {changed}: the checkpoint "
+            "was trained as a LayerNorm model since. Load it with transformers' AutoModel classes, "
+            "and patch it again"
+        )
+    apply_plan(model, plan)
     saved = model.__dict__[saving.SAVED]
     if saved.evidence is not None:
         saved.evidence = Evidence(model, folds)
+
+
+def _changed_since(model: Any, plan: PatchPlan, folds: tuple[Fold, ...], expected: float) -> str:
+    """What no longer is as it was when the checkpoint was written; empty if all is."""
+    for fold in folds:
+        with _in_memory(model.get_submodule(fold.parameter.rpartition(".")[0])):
+            if off_centre(model, (fold,)):
+                return f"{fold.parameter} is not centred (any more)"
+    with ExitStack() as stack:
+        for site in plan.sites:
+            stack.enter_context(_in_memory(model.get_submodule(site.name)))
+        found = gains(model, plan)
+    rounding = max(1e-6, torch.finfo(model.dtype).eps)
+    if not math.isclose(found, expected, rel_tol=rounding):
+        return "its norms' weights are others"
+    return ""
 
 
 def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
@@ -158,7 +174,7 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise PatchError(f"{folder} is not a checkpoint: it has no config.json")
     weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    if not weights:
+    if not weights and not any(path.is_dir() for path in folder.iterdir()):  # as DCP writes
         raise PatchError(f"{folder} is half a checkpoint: it has a config.json, but no weights")
     for path in (*weights, *_shards(folder)):
         if not path.is_file():

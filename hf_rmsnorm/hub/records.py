@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -53,7 +55,7 @@ def digest(record: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] = ()) -> dict[str, Any]:
+def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] | None = None) -> dict[str, Any]:
     """What a reader of the checkpoint has to do again, as JSON-able data: the weights are folded
     already, the swaps and centres are not in them, and the config has the blocks' stock width.
 
@@ -61,8 +63,8 @@ def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] = ()) -> dict[s
     true, to the model otherwise. Layer numbers become `*` where all layers agree.
 
     Args:
-        folds: weights that must be centred for the record to hold: of a stock checkpoint, which
-            others may have trained since.
+        folds: of a stock checkpoint, which others may train: the weights that must be centred for
+            the record to hold.
     """
 
     def relative(name: str) -> dict[str, Any]:
@@ -98,11 +100,21 @@ def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] = ()) -> dict[s
         "centers": centers,
         "widens": widens,
     }
-    if folds:
+    if folds is not None:
         rows = _fold_rows(model, folds)
         record["folds"] = [{**relative(name), **row} for name, row in rows]
+        record["gains"] = gains(model, plan)
     record = json.loads(json.dumps(record))  # tuples are lists, as a reader will see them
     return {**record, "digest": digest(record)}
+
+
+def gains(model: nn.Module, plan: PatchPlan) -> float:
+    """The sum of squares of the patched norms' weights and biases. What an exact patch rests on can
+    be norms with equal gains, which training them alone would undo."""
+    norms = [model.get_submodule(site.name) for site in plan.sites if site.verdict != "kept"]
+    tensors = [p.detach() for norm in norms for p in norm.parameters(recurse=False)]
+    squares = (t.double().square().flatten().tolist() for t in tensors)
+    return math.fsum(itertools.chain.from_iterable(squares))  # the same in any order
 
 
 def _fold_rows(model: nn.Module, folds: Iterable[Fold]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -175,7 +187,7 @@ def _fits(site: Site, module: nn.Module) -> bool:
 
 def folds_of(model: Any, record: dict[str, Any], where: str) -> tuple[Fold, ...]:
     """The weights of `model` that a stock checkpoint's record calls centred."""
-    if "folds" not in record:
+    if not {"folds", "gains"} <= record.keys():
         raise PatchError(
             f"the {RECORD!r} record in {where} does not say which weights are centred, so it "
             "is not that of a stock checkpoint: the file was edited, or mixed from two"

@@ -27,7 +27,7 @@ from ..errors import PatchError
 from ..plan import PatchPlan
 from . import modeling
 from .cards import write_card
-from .configs import mark_config, unmark_config
+from .configs import is_marked, mark_config, unmark_config
 from .exactness import Evidence
 from .records import RECORD, to_record
 
@@ -79,12 +79,14 @@ def save_pretrained(
     with _saving_config(model, base, saved, stock):
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             # nothing is written, or by all processes into one folder
-            native(model, target, is_main_process, state_dict, **kwargs)
+            if is_main_process:
+                target.mkdir(parents=True, exist_ok=True)
+                _write_code(model, target)
+            native(model, target, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs)
             return
         upload = _prepare_upload(target, kwargs) if push_to_hub else None
         with _staging(target) as staged:
-            if not stock and model.config.auto_map:
-                (staged / modeling.FILE).write_text(modeling.source(), encoding="utf-8")
+            _write_code(model, staged)
             native(model, staged, True, state_dict, **kwargs)
             _write_card(staged, target, model, upload)
             before = model._get_files_timestamps(target) if target.exists() else {}
@@ -145,6 +147,12 @@ def auto_map(base: Any, name: str) -> dict[str, str]:
         names = [head.__name__ for head in classes]
         found[auto.__name__] = name if name in names else names[0]
     return {auto: f"{modeling.MODULE}.{head}" for auto, head in found.items()}
+
+
+def _write_code(model: Any, folder: Path) -> None:
+    """The modeling file, if the config names it."""
+    if getattr(model.config, "auto_map", None) and is_marked(model.config):
+        (folder / modeling.FILE).write_text(modeling.source(), encoding="utf-8")
 
 
 def _write_card(staged: Path, target: Path, model: Any, upload: dict[str, Any] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,27 @@ def test_a_checkpoint_that_a_stranger_trained_is_refused(tmp_path: Path) -> None
     model = patch_model(CAUSAL.from_pretrained(tmp_path / "trained").eval())
     torch.testing.assert_close(forward(model), forward(plain))
     assert saved_as_stock(model, tmp_path / "again")
+
+
+def test_a_checkpoint_whose_norms_alone_were_trained_is_refused(tmp_path: Path) -> None:
+    patch_model(gpt2()).save_pretrained(tmp_path / "model")
+    plain = CAUSAL.from_pretrained(tmp_path / "model").requires_grad_(False)
+    plain.transformer.h[1].ln_2.requires_grad_(True)
+    train(plain, 1e-4)
+    plain.save_pretrained(tmp_path / "trained")
+    with pytest.raises(PatchError, match="its norms' weights are others"):
+        hf_rmsnorm.from_pretrained(tmp_path / "trained")
+
+
+def test_an_exact_model_without_folds_is_stock_too(tmp_path: Path) -> None:
+    model = gpt2()
+    plan = replace(plan_patch(model), folds=())  # as of a model that was folded before
+    patch_model(model).save_pretrained(tmp_path / "folded")
+    folded = CAUSAL.from_pretrained(tmp_path / "folded").eval()
+    apply_plan(folded, plan)
+    assert saved_as_stock(folded, tmp_path / "again")
+    again = hf_rmsnorm.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(forward(again), forward(model))
 
 
 @pytest.mark.parametrize("name", ["vit-base", "phimoe"])
