@@ -107,14 +107,23 @@ def _saving_config(model: Any, base: type, saved: Saved, stock: bool) -> Iterato
     else:
         native = type(config)
         mark_config(config, saved.record)
-        config.auto_map = auto_map(native, cls.__name__.removeprefix("FSDP"))
-        if not config.auto_map:
+        config.auto_map = {}
+        if not base.__module__.startswith("transformers."):
+            config.base_model_type = f"{base.__module__}.{base.__name__}"  # never its base class
             warnings.warn(
-                f"transformers has no model of type {native.model_type!r}, so the saved checkpoint "
-                "loads as no class by itself: build the model, load the weights, and use "
-                "hf_rmsnorm.apply_plan with the plan of patch_report(model)",
+                f"{base.__name__} is not a class of transformers, so nothing can load the saved "
+                "checkpoint by itself: build the model, use hf_rmsnorm.apply_plan with the plan of "
+                "patch_report(model), and load the weights",
                 stacklevel=4,
             )
+        elif not (known := auto_map(native, base.__name__)):
+            warnings.warn(
+                f"no Auto class of transformers has models of type {native.model_type!r}: load the "
+                "saved checkpoint with hf_rmsnorm.from_pretrained",
+                stacklevel=4,
+            )
+        else:
+            config.auto_map = known
     model.config = config
     if stock and base.is_remote_code():  # type: ignore[attr-defined]
         model.__class__ = base

@@ -349,6 +349,29 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert contents(tmp_path).keys() == {"model"}
 
 
+def test_a_class_of_ones_own_never_loads_as_its_base_class(tmp_path: Path) -> None:
+    class Mine(transformers.GPT2LMHeadModel):
+        pass
+
+    exact = patch_model(Mine(gpt2().config).eval())
+    assert saved_as_stock(exact, tmp_path / "exact")
+    model = patch_model(Mine(gpt2().config).eval(), strategy="direct")
+    with pytest.warns(UserWarning, match="Mine is not a class of transformers"):
+        model.save_pretrained(tmp_path / "own")
+    for load in (hf_rmsnorm.from_pretrained, CAUSAL.from_pretrained):
+        with pytest.raises(PatchError, match=r"base_model_type '.*\.Mine'"):
+            load(tmp_path / "own")
+    again = apply_and_load(Mine(gpt2(7).config).eval(), model, tmp_path / "own")
+    assert torch.equal(forward(again), forward(model))
+
+
+def apply_and_load(model: Any, like: Any, folder: Path) -> Any:
+    """What the warning says."""
+    apply_plan(model, hf_rmsnorm.patch_report(like).plan)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return model
+
+
 def test_pushing_uploads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits: list[dict[str, Any]] = []
 
