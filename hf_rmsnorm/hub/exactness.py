@@ -14,7 +14,8 @@ from ..changes import get_tensor
 from ..plan import PatchPlan
 from ..probing import Fold
 
-SAMPLE = 1024  # entries of each tensor that are kept to compare; small tensors are kept whole
+WHOLE = 8192  # entries; tensors of no more are kept whole to compare, of larger ones
+SAMPLE = 256  # entries
 COLUMNS = 16  # of each folded tensor, whose means are computed again when saving
 # What computing a mean costs, relative to the entries; float64's folds have no wider type, either.
 SUMMING = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -71,7 +72,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
-    step = flat.numel() // SAMPLE | 1  # odd: no common factor with the width of most layers
+    # odd: no common factor with the width of most layers
+    step = flat.numel() // SAMPLE | 1 if flat.numel() > WHOLE else 1
     return flat[::step].to("cpu", copy=True)
 
 

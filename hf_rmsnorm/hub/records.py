@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 from collections import Counter
@@ -113,8 +112,7 @@ def gains(model: nn.Module, plan: PatchPlan) -> float:
     be norms with equal gains, which training them alone would undo."""
     norms = [model.get_submodule(site.name) for site in plan.sites if site.verdict != "kept"]
     tensors = [p.detach() for norm in norms for p in norm.parameters(recurse=False)]
-    squares = (t.double().square().flatten().tolist() for t in tensors)
-    return math.fsum(itertools.chain.from_iterable(squares))  # the same in any order
+    return math.fsum(t.double().square().sum().item() for t in tensors)  # whatever the order
 
 
 def _fold_rows(model: nn.Module, folds: Iterable[Fold]) -> Iterator[tuple[str, dict[str, Any]]]:
