@@ -91,9 +91,9 @@ class RMSNorm(nn.LayerNorm):
             x, out = self._autocast(x)
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
-        shape = x.shape
         dims = len(self.normalized_shape)
         if dims > 1:
+            shape = x.shape
             if shape[-dims:] != tuple(self.normalized_shape):
                 raise ValueError(
                     f"RMSNorm over {tuple(self.normalized_shape)} got input of shape {tuple(shape)}"

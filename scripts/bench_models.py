@@ -98,7 +98,7 @@ def _inputs(batch: Batch) -> Batch:
 
 
 def steps(
-    model: nn.Module, batch: Batch, precision: str, compiled: bool, body: Any = "auto"
+    model: nn.Module, batch: Batch, precision: str, compiled: bool, body: Any = "torch"
 ) -> dict[str, Callable]:
     """The training step and inference of one arm, as calls without arguments."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

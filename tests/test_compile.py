@@ -29,7 +29,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    functional.set_compiled_body("auto")
+    functional.set_compiled_body("torch")
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
@@ -155,7 +155,7 @@ def test_the_setting_chooses_the_body() -> None:
         pytest.raises(Exception, match="Recompiling"),
     ):
         compiled(x)
-    with pytest.raises(ValueError, match="body must be one of auto, kernel, torch; got 'fast'"):
+    with pytest.raises(ValueError, match="body must be one of torch, kernel; got 'fast'"):
         functional.set_compiled_body("fast")
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import cpu_autograd, cpu_backend, cpu_build, reference
@@ -13,7 +14,12 @@ from . import cpu_autograd, cpu_backend, cpu_build, reference
 
 def backend_for(x: Tensor) -> ModuleType:
     """The backend for x's device; `reference` where there is nothing faster, or nothing to do."""
-    return _for_device_type(x.device.type) if x.numel() else reference
+    return _for_device(x.device) if x.numel() else reference
+
+
+@functools.cache
+def _for_device(device: torch.device) -> ModuleType:
+    return _for_device_type(device.type)
 
 
 @functools.cache

@@ -10,11 +10,9 @@ from . import _for_device_type, library, reference
 from .autograd import PLAIN_TYPES
 from .reference import Formula
 
-BODIES = ("auto", "kernel", "torch")
-# Per device type what "auto" stands for; elsewhere "torch".
-AUTO = {"cpu": "kernel"}
+BODIES = ("torch", "kernel")
 
-body = "auto"
+body = "torch"  # set by functional.set_compiled_body
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, formula: Formula) -> Tensor:
@@ -37,9 +35,7 @@ def add_rms_norm(
 def _takes_op(x: Tensor, *others: Tensor | None) -> bool:
     """Exports, function transforms, forward-mode derivatives and tensor subclasses have no rule for
     the op, but one for everything the plain body is made of."""
-    device_type = x.device.type
-    wanted = AUTO.get(device_type, "torch") if body == "auto" else body
-    if wanted == "torch" or not _has_kernel(device_type):
+    if body == "torch" or not _has_kernel(x.device.type):
         return False
     if (
         torch.compiler.is_exporting()
