@@ -53,6 +53,13 @@ def model_class(base: Any) -> Any:
         members = {
             "__init__": __init__,
             "is_custom_code": classmethod(lambda cls: False),  # key conversions of `base` hold
+            # these two read the module that a class is in
+            "_can_set_attn_implementation": classmethod(
+                lambda cls: base._can_set_attn_implementation()
+            ),
+            "_can_set_experts_implementation": classmethod(
+                lambda cls: base._can_set_experts_implementation()
+            ),
             "_auto_class": None,
             "config_class": config_class(base.config_class),
             "save_pretrained": save_pretrained,

@@ -7,6 +7,7 @@ that no Auto class loads.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import model_zoo
 import pytest
 import torch
 from model_zoo.sizes import BERT, D, F, H, V, model
-from tiny_models import config_of, contents
+from safetensors.torch import load_file, save_file
+from tiny_models import config_of, contents, run_python
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -176,3 +178,63 @@ def test_prmsnorm(name: str, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "second")
     assert_written_alike(tmp_path / "first", tmp_path / "second")
     assert_equal(model, loaded, inputs)
+
+
+# In float64, so that a formula that is not quite the same shows.
+STRANGER = """
+import json, sys
+import torch, transformers
+from safetensors.torch import load_file, save_file
+
+chosen = {}
+for folder, auto, inputs in json.loads(sys.argv[1]):
+    load = getattr(transformers, auto).from_pretrained
+    try:
+        load(folder, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error)
+    else:
+        raise AssertionError(f"{auto} loaded {folder} as something else")
+    model = load(folder, trust_remote_code=True).double().eval()
+    chosen[folder] = [model.config._attn_implementation, model.config._experts_implementation]
+    if chosen[folder][1]:
+        model.set_experts_implementation("eager")  # the only one that knows float64
+    given = {k: v.double() if v.is_floating_point() else v for k, v in load_file(inputs).items()}
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = model(**given)[0]
+    save_file({"output": output.contiguous()}, f"{folder}/output.safetensors")
+    model.float().save_pretrained(f"{folder}-again")
+print("CHOSEN", json.dumps(chosen))
+"""
+
+
+@pytest.mark.launch
+def test_strangers_compute_the_same(tmp_path: Path) -> None:
+    jobs, models = [], {}
+    for name in ("t5", "mixtral", "clip", "wav2vec2", "convnext", "olmo", *HEADS):
+        model = build(name)
+        inputs = model_zoo.inputs_for(name, model)[0]
+        folder, given = tmp_path / name, tmp_path / f"{name}.safetensors"
+        auto = auto_class(type(model))
+        patch_model(model, "prmsnorm", p=0.3, strategy="direct").save_pretrained(folder)
+        save_file({k: v for k, v in inputs.items() if isinstance(v, Tensor)}, given)
+        jobs.append((str(folder), auto.__name__, str(given)))
+        models[name] = model, load_file(given)
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = run_python(STRANGER, json.dumps(jobs), package=False, env=cache)
+    assert run.returncode == 0, run.stderr
+    chosen = json.loads(run.stdout.partition("CHOSEN")[2])
+    for name, (model, inputs) in models.items():
+        config = model.config
+        ours = [config._attn_implementation, config._experts_implementation]
+        assert chosen[str(tmp_path / name)] == ours
+        again = hf_rmsnorm.from_pretrained(tmp_path / f"{name}-again").eval()
+        assert_equal(model, again, inputs)
+        given = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        theirs = load_file(tmp_path / name / "output.safetensors")["output"]
+        if config._experts_implementation:
+            model.set_experts_implementation("eager")
+        expected = outputs(model.double(), given)[0]
+        assert theirs.dtype == torch.float64 and theirs.shape == expected.shape
+        assert (theirs - expected).norm() <= 1e-12 * expected.norm()
