@@ -18,6 +18,39 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Outputs of this size are in no cache when they are read next. Writing them past the caches spares
+ * reading the lines that are overwritten. Below, the next reader would miss them. */
+#define STREAM_BYTES (8 << 20)
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+INLINE void stream(void *to, const void *from, size_t bytes) {
+#if BYTES == 64
+  if (bytes == 64) {
+    _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
+    return;
+  }
+#endif
+#if BYTES >= 32
+  if (bytes == 32) {
+    _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+    return;
+  }
+#endif
+  if (bytes == 16)
+    _mm_stream_si128((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
+  else
+    memcpy(to, from, bytes);
+}
+#define END_STREAM() _mm_sfence()
+#else
+INLINE void stream(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+#define END_STREAM() ((void)0)
+#endif
+INLINE int streams(const void *p, size_t row_bytes, ptrdiff_t rows) {
+  return ((uintptr_t)p | row_bytes) % BYTES == 0 && row_bytes * rows >= STREAM_BYTES;
+}
+
 typedef float vec_f32 __attribute__((vector_size(BYTES)));
 typedef double vec_f64 __attribute__((vector_size(BYTES)));
 typedef uint32_t vec_u32 __attribute__((vector_size(BYTES)));
@@ -87,7 +120,6 @@ INLINE void store_bf16(bf16 *p, vec_f32 v) {
 #include "rms_norm_rows.h"
 
 #if defined(__F16C__)
-#include <immintrin.h>
 #define HAS_F16
 typedef uint16_t f16;
 #if BYTES == 64

@@ -16,14 +16,15 @@ INLINE VEC FN(get_)(const T *p, ptrdiff_t n) {
   memcpy(part, p, n * sizeof(T));
   return LOAD_T(part);
 }
-INLINE void FN(put_)(T *p, VEC v, ptrdiff_t n) {
-  if (n >= LANES) {
-    STORE_T(p, v);
-    return;
-  }
+INLINE void FN(put_)(T *p, VEC v, ptrdiff_t n, int past_caches) {
   T part[sizeof(VEC) / sizeof(C)];
   STORE_T(part, v);
-  memcpy(p, part, n * sizeof(T));
+  if (n < LANES)
+    memcpy(p, part, n * sizeof(T));
+  else if (past_caches)
+    stream(p, part, sizeof part);
+  else
+    memcpy(p, part, sizeof part);
 }
 INLINE VEC FN(get_out_)(const OUT *p, ptrdiff_t n) {
   if (n >= LANES) return LOAD_OUT(p);
@@ -31,14 +32,15 @@ INLINE VEC FN(get_out_)(const OUT *p, ptrdiff_t n) {
   memcpy(part, p, n * sizeof(OUT));
   return LOAD_OUT(part);
 }
-INLINE void FN(put_out_)(OUT *p, VEC v, ptrdiff_t n) {
-  if (n >= LANES) {
-    STORE_OUT(p, v);
-    return;
-  }
+INLINE void FN(put_out_)(OUT *p, VEC v, ptrdiff_t n, int past_caches) {
   OUT part[sizeof(VEC) / sizeof(C)];
   STORE_OUT(part, v);
-  memcpy(p, part, n * sizeof(OUT));
+  if (n < LANES)
+    memcpy(p, part, n * sizeof(OUT));
+  else if (past_caches)
+    stream(p, part, sizeof part);
+  else
+    memcpy(p, part, sizeof part);
 }
 INLINE VEC FN(get_c_)(const C *p, ptrdiff_t n) {
   VEC v = {0};
@@ -94,22 +96,23 @@ INLINE C FN(sum_of_squares_)(const T *x, ptrdiff_t n) {
 }
 
 INLINE void FN(add_tile_)(const T *x, const T *residual, T *summed, ptrdiff_t j, ptrdiff_t n) {
-  FN(put_)(summed + j, FN(get_)(x + j, n) + FN(get_)(residual + j, n), n);
+  FN(put_)(summed + j, FN(get_)(x + j, n) + FN(get_)(residual + j, n), n, 0);
 }
 
 INLINE void FN(y_tile_)(const T *x, C rstd, const C *weight, C offset, const C *bias, int llama,
-                        OUT *y, ptrdiff_t j, ptrdiff_t n) {
+                        OUT *y, ptrdiff_t j, ptrdiff_t n, int past_caches) {
   VEC v = FN(get_)(x + j, n) * rstd;
   if (llama) v = FN(rounded_)(v);
   if (weight) v *= FN(get_c_)(weight + j, n) + offset;
   if (bias) v += FN(get_c_)(bias + j, n);
-  FN(put_out_)(y + j, v, n);
+  FN(put_out_)(y + j, v, n, past_caches);
 }
 
 /* Strides are in elements. residual, weight, bias and rstd may be NULL; summed goes with residual. */
 void FN(forward_)(const T *x, const T *residual, const C *weight, const C *bias, OUT *y, T *summed,
                   C *rstd, ptrdiff_t rows, ptrdiff_t hidden, ptrdiff_t k, ptrdiff_t x_stride,
                   ptrdiff_t residual_stride, double eps, double offset, int llama, int threads) {
+  const int past_caches = streams(y, hidden * sizeof(OUT), rows);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (ptrdiff_t i = 0; i < rows; i++) {
     const T *row = x + i * x_stride;
@@ -124,9 +127,16 @@ void FN(forward_)(const T *x, const T *residual, const C *weight, const C *bias,
     const C r = 1 / SQRT(FN(sum_of_squares_)(row, k) / (C)k + (C)eps);
     if (rstd) rstd[i] = r;
     OUT *out = y + i * hidden;
-    for (j = 0; j + LANES <= hidden; j += LANES)
-      FN(y_tile_)(row, r, weight, offset, bias, llama, out, j, LANES);
-    if (j < hidden) FN(y_tile_)(row, r, weight, offset, bias, llama, out, j, hidden - j);
+#define TILE(n, past_caches) \
+  FN(y_tile_)(row, r, weight, offset, bias, llama, out, j, n, past_caches)
+    j = 0;
+    if (past_caches) {
+      for (; j + LANES <= hidden; j += LANES) TILE(LANES, 1);
+      END_STREAM();
+    }
+    for (; j + LANES <= hidden; j += LANES) TILE(LANES, 0);
+    if (j < hidden) TILE(hidden - j, 0);
+#undef TILE
   }
 }
 
@@ -155,7 +165,7 @@ INLINE C FN(pull_)(const OUT *dy, const T *x, const C *weight, C offset, ptrdiff
 /* `inside` lanes of this tile belong to the statistic. */
 INLINE void FN(dx_tile_)(const OUT *dy, const T *ds, const T *x, const C *weight, C offset, C rstd,
                          C pull, int llama, T *dx, C *dw, C *db, ptrdiff_t j, ptrdiff_t n,
-                         ptrdiff_t inside) {
+                         ptrdiff_t inside, int past_caches) {
   VEC g = FN(get_out_)(dy + j, n);
   const VEC xhat = FN(get_)(x + j, n) * rstd;
   if (db) FN(put_c_)(db + j, FN(get_c_)(db + j, n) + g, n);
@@ -172,7 +182,7 @@ INLINE void FN(dx_tile_)(const OUT *dy, const T *ds, const T *x, const C *weight
   }
   g *= rstd;
   if (ds) g += FN(get_)(ds + j, n);
-  FN(put_)(dx + j, g, n);
+  FN(put_)(dx + j, g, n, past_caches);
 }
 
 INLINE void FN(sum_tile_)(const C *partials, ptrdiff_t blocks, ptrdiff_t hidden, C *out,
@@ -190,6 +200,7 @@ void FN(backward_)(const OUT *dy, const T *dsummed, const T *x, const C *weight,
                    ptrdiff_t rows, ptrdiff_t hidden, ptrdiff_t k, ptrdiff_t dy_stride,
                    ptrdiff_t dsummed_stride, ptrdiff_t x_stride, double offset, int llama,
                    ptrdiff_t blocks, int threads) {
+  const int past_caches = streams(dx, hidden * sizeof(T), rows);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
@@ -206,16 +217,25 @@ void FN(backward_)(const OUT *dy, const T *dsummed, const T *x, const C *weight,
         T *dx_row = dx + i * hidden;
         const C r = rstd[i];
         const C pull = FN(pull_)(dy_row, x_row, weight, offset, hidden) * r / (C)k;
-#define TILE(n, inside)                                                                          \
-  FN(dx_tile_)(dy_row, ds_row, x_row, weight, offset, r, pull, llama, dx_row, dw, db, j, n, inside)
+#define TILE(n, inside, past_caches)                                                             \
+  FN(dx_tile_)(dy_row, ds_row, x_row, weight, offset, r, pull, llama, dx_row, dw, db, j, n, inside, \
+               past_caches)
+#define TILES(past_caches)                                              \
+  for (; j + LANES <= k; j += LANES) TILE(LANES, LANES, past_caches);   \
+  if (j < k && j + LANES <= hidden) {                                   \
+    TILE(LANES, k - j, past_caches);                                    \
+    j += LANES;                                                         \
+  }                                                                     \
+  for (; j + LANES <= hidden; j += LANES) TILE(LANES, 0, past_caches)
         ptrdiff_t j = 0;
-        for (; j + LANES <= k; j += LANES) TILE(LANES, LANES);
-        if (j < k && j + LANES <= hidden) {
-          TILE(LANES, k - j);
-          j += LANES;
+        if (past_caches) {
+          TILES(1);
+          END_STREAM();
+        } else {
+          TILES(0);
         }
-        for (; j + LANES <= hidden; j += LANES) TILE(LANES, 0);
-        if (j < hidden) TILE(hidden - j, k - j);
+        if (j < hidden) TILE(hidden - j, k - j, 0);
+#undef TILES
 #undef TILE
       }
     }

@@ -43,6 +43,25 @@ def test_cpu_tensors_use_the_kernel() -> None:
 
 
 @has_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("hidden", [1024, 1003])
+def test_outputs_too_large_for_the_caches(dtype: torch.dtype, hidden: int) -> None:
+    """Written in another way, where rows are aligned: each row's result is the same."""
+    rows = 9 * 2**20 // (hidden * dtype.itemsize)
+    x, residual, dy, dsummed = torch.randn(4, rows, hidden).to(dtype)
+    weight = torch.randn(hidden).to(dtype)
+
+    def norm(x, residual):
+        return functional.add_rms_norm(x, residual, weight, p=0.7)
+
+    whole = run(norm, [x, residual], [dy, dsummed])
+    for part in (slice(0, 5), slice(rows - 3, rows)):
+        few = run(norm, [x[part], residual[part]], [dy[part], dsummed[part]])
+        for a, b in zip(whole, few, strict=True):
+            assert torch.equal(a[part], b)
+
+
+@has_compiler
 @pytest.mark.parametrize("p", [1.0, 0.3])
 def test_results_do_not_depend_on_the_number_of_threads(p: float) -> None:
     x, residual = torch.randn(2, 1111, 96)
