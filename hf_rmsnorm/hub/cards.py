@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,9 @@ def write_card(
     config = read_config(folder)
     found = None if run is None else read_run(run, arm, config[RECORD])
     base = base_model or (found and found.base_model) or _hub_name(start)
-    card = make_card(config, found, base)
-    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *tags]))
+    if found is None and not (known_card or folder / "README.md").exists():
+        return _write(folder / "README.md", _new_text(json.dumps(config), base, tuple(tags)))
+    card = _with_tags(make_card(config, found, base), tags)
     replace = ("base_model",) if base_model else ()
     return save_card(folder / "README.md", card, replace, known_card)
 
@@ -80,12 +81,26 @@ def save_card(
         known_card: the file to merge into; what is at `path` if not given.
     """
     known = known_card or path
-    text = merge(known, card, replace) if known.exists() else str(card)
+    return _write(path, merge(known, card, replace) if known.exists() else str(card))
+
+
+def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.partial")
     with beside.open("w", newline="", encoding="utf-8") as file:
         file.write(text)
     return beside.replace(path)
+
+
+@lru_cache(maxsize=8)
+def _new_text(config: str, base_model: str | None, tags: tuple[str, ...]) -> str:
+    """A card of which nothing is known but the config: the same at every save of a training."""
+    return str(_with_tags(make_card(json.loads(config), None, base_model), tags))
+
+
+def _with_tags(card: ModelCard, tags: Iterable[str]) -> ModelCard:
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *tags]))
+    return card
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -207,6 +222,7 @@ def _rows(sites: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [{key: text.replace("|", "\\|") for key, text in row} for row in unique]
 
 
+@cache
 def _auto_class(base_type: str, class_name: str | None) -> str:
     """The Auto class that loads `class_name`; `AutoModel` where none lists it."""
     mappings = {
@@ -223,6 +239,7 @@ def _auto_class(base_type: str, class_name: str | None) -> str:
     return min(found, key=lambda name: name in last, default="AutoModel")
 
 
+@cache
 def _task(base_type: str, class_name: str | None) -> str | None:
     """The Hub's name of what the class is for, as transformers knows it."""
     tasks: dict[str, Any] = TASK_MAPPING

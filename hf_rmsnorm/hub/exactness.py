@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..changes import get_tensor
 from ..plan import PatchPlan
 from ..probing import Fold
+from .records import fold_rows
 
 WHOLE = 8192  # entries; tensors of no more are kept whole to compare, of larger ones
 SAMPLE = 256  # entries
@@ -41,6 +42,7 @@ class Evidence:
     def __init__(self, model: nn.Module, folds: Iterable[Fold]):
         parameters = dict(model.named_parameters())
         self.folds = tuple(folds)
+        self.fold_rows = fold_rows(model, self.folds)  # for the record
         self.samples = {name: _sample(p) for name, p in parameters.items()}
         self.versions = {name: (weakref.ref(p), p._version) for name, p in parameters.items()}
 
@@ -56,14 +58,18 @@ class Evidence:
             if parameter() is parameters[name] and parameters[name]._version != version:
                 return False
         found: Mapping[str, Any] = parameters if state_dict is None else state_dict
+        groups: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # few comparisons of many tensors
         for name, sample in self.samples.items():
             tensor = found.get(name)
             if tensor is None or not _is_plain(tensor):
                 return False
-            now = _sample(tensor)
-            if not torch.equal(sample.to(now.dtype), now):
+            pair = sample, _entries(tensor)
+            groups.setdefault((tensor.dtype, tensor.device), []).append(pair)
+        for (dtype, _), pairs in groups.items():
+            then, now = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+            if not torch.equal(then.to(dtype), now.cpu()):
                 return False
-        return not off_centre(model, self.folds, state_dict, COLUMNS)
+        return not off_centre(model, self.folds, found, COLUMNS)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -71,16 +77,21 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor:
+    return _entries(tensor).to("cpu", copy=True)
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    """All entries of a small tensor, some of a large one."""
     flat = tensor.detach().reshape(-1)
     # odd: no common factor with the width of most layers
     step = flat.numel() // SAMPLE | 1 if flat.numel() > WHOLE else 1
-    return flat[::step].to("cpu", copy=True)
+    return flat[::step]
 
 
 def off_centre(
     model: nn.Module,
     folds: Iterable[Fold],
-    state_dict: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any] | None = None,
     columns: int | None = None,
 ) -> list[str]:
     """The folded tensors whose mean over the features is more than rounding.
@@ -89,35 +100,61 @@ def off_centre(
     their mean is off by about `eps * rms / sqrt(n)`; training moves it by far more.
 
     Args:
+        weights: where to look for the tensors by name, before the model's own.
         columns: about how many means to look at per tensor, spread evenly; None is all.
     """
-    found, given = [], state_dict or {}
+    found, given = [], weights or {}
+    groups: dict[Any, list[tuple[Fold, Tensor]]] = {}  # few operations for many tensors
     for fold in folds:
         names = (fold.parameter, *fold.aliases)
         tensor = next((given[name] for name in names if name in given), None)
         if tensor is None:
             tensor = get_tensor(model, fold.parameter)
-        if not _is_plain(tensor) or not _is_centred(tensor, fold, columns):
+        if not _is_plain(tensor) or tensor.shape[fold.axis] % (fold.size * fold.inner):
             found.append(fold.parameter)
+            continue
+        kind = (tensor.shape, tensor.dtype, tensor.device)
+        how = (fold.axis, fold.size, fold.inner, fold.blocks)
+        groups.setdefault((*kind, *how), []).append((fold, tensor.detach()))
+    for group in groups.values():
+        fine = torch.finfo(group[0][1].dtype).eps
+        centred = _are_centred([tensor for _, tensor in group], group[0][0], columns, fine)
+        for (fold, tensor), ok in zip(group, centred, strict=True):
+            coarse = fine if ok else _precision(tensor)
+            if not ok and (coarse == fine or not _are_centred([tensor], fold, columns, coarse)[0]):
+                found.append(fold.parameter)
     return found
 
 
-def _is_centred(tensor: Tensor, fold: Fold, columns: int | None) -> bool:
-    if tensor.shape[fold.axis] % (fold.size * fold.inner):
-        return False
-    view, axis, mask = fold.view(tensor.detach()), fold.axis + 1, fold.mask(tensor)
-    if columns is not None:
-        most, other = max((size, i) for i, size in enumerate(view.shape) if i != axis)
+def _precision(tensor: Tensor) -> float:
+    """The eps of the narrowest dtype that has all its values: what was saved in half precision may
+    be loaded in another."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)):
+            return torch.finfo(dtype).eps
+    return torch.finfo(tensor.dtype).eps
+
+
+def _are_centred(
+    tensors: list[Tensor], fold: Fold, columns: int | None, precision: float
+) -> list[bool]:
+    """The same for tensors of one shape and dtype, folded alike and rounded to `precision`."""
+    first = tensors[0]
+    if columns is not None and first.ndim > 1:
+        most, other = max((size, i) for i, size in enumerate(first.shape) if i != fold.axis)
         every = (*(slice(None),) * other, slice(None, None, max(1, most // columns)))
-        view = view[every]
-        mask = mask[every] if mask is not None and mask.shape[other] > 1 else mask
-    wide = view.to(torch.promote_types(tensor.dtype, torch.float32))
+        tensors = [tensor[every] for tensor in tensors]
+    stack = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
+    wide = stack.to(torch.promote_types(first.dtype, torch.float32))
+    axis = fold.axis + 1
     # as a product of matrices: by far the fastest way to sum over any axis
-    mean = torch.tensordot(wide, wide.new_full((fold.size,), 1 / fold.size), ([axis], [0]))
-    count = mean.numel()
+    shares = wide.new_full((fold.size,), 1 / fold.size)
+    view = wide.unflatten(axis, (-1, fold.size, fold.inner))
+    mean = torch.tensordot(view, shares, ([axis + 1], [0]))
+    count, mask = mean[0].numel(), fold.mask(tensors[0])
     if mask is not None:
-        mask = mask.squeeze(axis).expand_as(mean).to(mean.dtype)
+        mask = mask.squeeze(1).expand_as(mean[0]).to(mean.dtype)
         mean, count = mean * mask, int(mask.sum())
-    unit = max(torch.finfo(tensor.dtype).eps, SUMMING[wide.dtype]) / fold.size
-    allowed = (1 + 4 / math.sqrt(max(1, count))) * unit * wide.norm().item()
-    return mean.norm().item() <= allowed
+    unit = max(precision, SUMMING[wide.dtype]) / fold.size
+    allowed = (1 + 4 / math.sqrt(max(1, count))) * unit * wide.flatten(1).norm(dim=1)
+    return (mean.flatten(1).norm(dim=1) <= allowed).tolist()

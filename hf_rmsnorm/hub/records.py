@@ -6,11 +6,13 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import PatchError
 from ..plan import FORMAT_VERSION, PatchPlan, Site, layer_pattern, spec_from_dict
@@ -54,24 +56,13 @@ def digest(record: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] | None = None) -> dict[str, Any]:
+def to_record(model: Any, plan: PatchPlan) -> dict[str, Any]:
     """What a reader of the checkpoint has to do again, as JSON-able data: the weights are folded
     already, the swaps and centres are not in them, and the config has the blocks' stock width.
 
     Names hold for every head on the same base model: relative to the base model where `"base"` is
     true, to the model otherwise. Layer numbers become `*` where all layers agree.
-
-    Args:
-        folds: of a stock checkpoint, which others may train: the weights that must be centred for
-            the record to hold.
     """
-
-    def relative(name: str) -> dict[str, Any]:
-        if model.base_model is model:
-            return {"name": name, "base": True}
-        short = name.removeprefix(f"{model.base_model_prefix}.")
-        return {"name": short, "base": short != name}
-
     groups: dict[str, list[Site]] = {}
     for site in plan.sites:
         groups.setdefault(layer_pattern(site.name), []).append(site)
@@ -81,12 +72,13 @@ def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] | None = None) 
         agree = len({(s.verdict, s.spec, s.autocast_output) for s in group}) == 1
         agree = agree and len(group) == modules[pattern]
         for name, site in [(pattern, group[0])] if agree else [(s.name, s) for s in group]:
-            sites.append({**asdict(site), **relative(name)})
-    centers = [{**asdict(c), "serves": (), **relative(c.module)} for c in plan.centers]
+            sites.append({**asdict(site), **_relative(model, name)})
+    centers = [{**asdict(c), "serves": (), **_relative(model, c.module)} for c in plan.centers]
     for center in centers:
         del center["module"]
     widens = [
-        {**asdict(w), "down": relative(w.down)["name"], **relative(w.up)} for w in plan.widens
+        {**asdict(w), "down": _relative(model, w.down)["name"], **_relative(model, w.up)}
+        for w in plan.widens
     ]
     for widen in widens:
         del widen["up"], widen["norm"]
@@ -99,35 +91,61 @@ def to_record(model: Any, plan: PatchPlan, folds: Iterable[Fold] | None = None) 
         "centers": centers,
         "widens": widens,
     }
-    if folds is not None:
-        rows = _fold_rows(model, folds)
-        record["folds"] = [{**relative(name), **row} for name, row in rows]
-        record["gains"] = gains(model, plan)
     record = json.loads(json.dumps(record))  # tuples are lists, as a reader will see them
     return {**record, "digest": digest(record)}
 
 
-def gains(model: nn.Module, plan: PatchPlan) -> float:
+def about_weights(
+    record: dict[str, Any], fold_rows: list[dict[str, Any]], gains: float
+) -> dict[str, Any]:
+    """The record of a stock checkpoint, which others may train: it says what must be true of the
+    weights for it to hold."""
+    record = {**record, "folds": fold_rows, "gains": gains}
+    return {**record, "digest": digest(record)}
+
+
+def _relative(model: Any, name: str) -> dict[str, Any]:
+    if model.base_model is model:
+        return {"name": name, "base": True}
+    short = name.removeprefix(f"{model.base_model_prefix}.")
+    return {"name": short, "base": short != name}
+
+
+def gains(model: nn.Module, plan: PatchPlan, weights: Mapping[str, Tensor] | None = None) -> float:
     """The sum of squares of the patched norms' weights and biases. What an exact patch rests on can
-    be norms with equal gains, which training them alone would undo."""
-    norms = [model.get_submodule(site.name) for site in plan.sites if site.verdict != "kept"]
-    tensors = [p.detach() for norm in norms for p in norm.parameters(recurse=False)]
-    return math.fsum(t.double().square().sum().item() for t in tensors)  # whatever the order
+    be norms with equal gains, which training them alone would undo.
+
+    Args:
+        weights: where to look for the tensors by name, before the model's own.
+    """
+    given = weights or {}
+    groups: dict[Any, list[Tensor]] = {}  # few operations for many tensors
+    for site in plan.sites:
+        if site.verdict == "kept":
+            continue
+        for name, own in model.get_submodule(site.name)._parameters.items():
+            if own is not None:
+                tensor = given.get(f"{site.name}.{name}", own).detach().reshape(-1)
+                groups.setdefault((len(tensor), tensor.dtype, tensor.device), []).append(tensor)
+    sums = (torch.stack(g).double().square().sum(1).tolist() for g in groups.values())
+    return math.fsum(chain.from_iterable(sums))  # whatever the order
 
 
-def _fold_rows(model: nn.Module, folds: Iterable[Fold]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Folds as `(parameter, the rest)`, one for all layers where every layer has the same."""
+def fold_rows(model: Any, folds: Iterable[Fold]) -> list[dict[str, Any]]:
+    """Folds as rows of a record, one for all layers where every layer has the same."""
     tensors = Counter(map(layer_pattern, _tensors(model)))
     groups: dict[tuple[str, Fold], list[str]] = {}
     for fold in folds:
         pattern = layer_pattern(fold.parameter)
         alike = replace(fold, parameter=pattern, aliases=())
         groups.setdefault((pattern, alike), []).append(fold.parameter)
+    rows = []
     for (pattern, fold), names in groups.items():
         for name in [pattern] if len(set(names)) == tensors[pattern] else names:
             row = asdict(fold)
             del row["parameter"], row["aliases"]
-            yield name, row
+            rows.append({**_relative(model, name), **row})
+    return json.loads(json.dumps(rows))
 
 
 def _tensors(model: nn.Module) -> list[str]:

@@ -29,7 +29,7 @@ from . import modeling
 from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
 from .exactness import Evidence
-from .records import RECORD, to_record
+from .records import RECORD, about_weights, gains
 
 SAVED = "_hf_rmsnorm_saved"  # attribute of each model inside a patched model
 
@@ -75,8 +75,12 @@ def save_pretrained(
     if state_dict is not None:  # of torch.compile's wrappers, too
         state_dict = {name.replace("_orig_mod.", ""): t for name, t in state_dict.items()}
     saved: Saved = model.__dict__[SAVED]
-    stock = saved.evidence is not None and saved.evidence.holds(model, state_dict)
-    with _saving_config(model, base, saved, stock):
+    evidence = saved.evidence
+    stock = None
+    if evidence is not None and evidence.holds(model, state_dict):
+        sizes = gains(model, saved.plan, state_dict)
+        stock = about_weights(saved.record, evidence.fold_rows, sizes)
+    with _saving_config(model, base, saved.record, stock):
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             # nothing is written, or by all processes into one folder
             if is_main_process:
@@ -96,17 +100,23 @@ def save_pretrained(
 
 
 @contextmanager
-def _saving_config(model: Any, base: type, saved: Saved, stock: bool) -> Iterator[None]:
-    """The model with the config that is to be written, and as a class that writes its own code."""
+def _saving_config(
+    model: Any, base: type, record: dict[str, Any], stock: dict[str, Any] | None
+) -> Iterator[None]:
+    """The model with the config that is to be written, and as a class that writes its own code.
+
+    Args:
+        record: for a checkpoint of our own type.
+        stock: for one in the stock format, if it is to be in that.
+    """
     old, cls = model.config, type(model)
     config = copy.deepcopy(old)
     unmark_config(config)
-    if stock:
-        assert saved.evidence is not None
-        setattr(config, RECORD, to_record(model, saved.plan, saved.evidence.folds))
+    if stock is not None:
+        setattr(config, RECORD, stock)
     else:
         native = type(config)
-        mark_config(config, saved.record)
+        mark_config(config, record)
         config.auto_map = {}
         if not base.__module__.startswith("transformers."):
             config.base_model_type = f"{base.__module__}.{base.__name__}"  # never its base class
@@ -125,7 +135,7 @@ def _saving_config(model: Any, base: type, saved: Saved, stock: bool) -> Iterato
         else:
             config.auto_map = known
     model.config = config
-    if stock and base.is_remote_code():  # type: ignore[attr-defined]
+    if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
         model.__class__ = base
     try:
         yield
