@@ -1,4 +1,4 @@
-"""What only the Triton backend has: loops over wide rows, tiles, and what the compiler makes."""
+"""What only the Triton backend has: tiles, kernels for wide rows, and what the compiler makes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 from norm_truth import eager_norm, run
+from test_backends import VARIANTS, Backend, Variant, check
 
 from hf_rmsnorm import functional, ops
-from hf_rmsnorm.ops import triton_backend
+from hf_rmsnorm.ops import reference, triton_backend
+from hf_rmsnorm.ops.triton_backend import Limits, Tile, backward_limits, forward_limits, row_tile
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# below each tile that is possible: every row is too wide for registers
+NO_TILE = Limits(1, 1, 0, 16)
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`functional` on Triton; the names of the kernels launched."""
+    """`functional` on Triton; the names of the kernels launched, and which part of the row."""
     names: list[str] = []
     launch = triton_backend.launch
 
     def recorded(kernel, grid, *args, **constants):
-        names.append(kernel.__name__)
+        names.append(kernel.__name__ + constants.get("PART", ""))
         launch(kernel, grid, *args, **constants)
 
     monkeypatch.setattr(triton_backend, "launch", recorded)
@@ -34,35 +38,78 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("p", [1.0, 0.07])
-@pytest.mark.parametrize("hidden", [300, 257, 512])
-def test_rows_wider_than_the_registers(
-    launches: list[str], monkeypatch: pytest.MonkeyPatch, hidden: int, p: float
-) -> None:
-    """The loops, at widths the interpreter is quick with: the limits are lowered instead."""
+@pytest.fixture
+def backend(launches: list[str]) -> Backend:
+    return Backend(triton_backend, launches, DEVICE == "cpu", DEVICE)
+
+
+@pytest.fixture
+def wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for wide rows, at widths the interpreter is quick with."""
     for name, value in {
-        "_FORWARD_ROW_BYTES": 256,
-        "_BACKWARD_ROW_BYTES": 256,
-        "_LOOP_COLUMNS": 128,
-        "_TILE_COLUMNS": 64,
+        "forward_limits": lambda *_: NO_TILE,
+        "backward_limits": lambda *_: NO_TILE,
+        "_LOOP_BYTES": 512,
+        "_DOT_COLUMNS": 128,
+        "_SHARED_COLUMNS": 64,
     }.items():
         monkeypatch.setattr(triton_backend, name, value)
-    x, residual = torch.randn(2, 5, 3, hidden, device=DEVICE)
-    weight, bias = torch.randn(2, hidden, device=DEVICE)
-    cotangents = list(torch.randn(2, 5, 3, hidden, device=DEVICE))
-    got = run(
-        lambda *t: functional.add_rms_norm(*t, p=p, weight_offset=1.0),
-        [x, residual, weight, bias],
-        cotangents,
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("wide_rows")
+def test_rows_wider_than_the_registers(backend: Backend, variant: str) -> None:
+    v = VARIANTS[variant]
+    check(backend, (2, 2, 300), torch.bfloat16 if v.strided else torch.float32, v)
+    tail = [] if v.p == "1" else ["backward_rowstail"]
+    sums = ["reduce_partials"] if v.weight or v.bias else []
+    assert backend.calls == [
+        *("forward_loop", "backward_dots", *tail, "backward_rowshead", *sums),
+    ]
+
+
+@pytest.mark.parametrize("hidden", [257, 384])
+@pytest.mark.usefixtures("wide_rows")
+def test_wide_rows_of_other_widths(backend: Backend, hidden: int) -> None:
+    check(backend, (3, hidden), torch.float16, Variant(p="0.4", residual="same", offset=1.0))
+
+
+@pytest.mark.parametrize("k", [1, 64, 65, 299])
+@pytest.mark.usefixtures("wide_rows")
+def test_the_statistic_may_end_anywhere_in_a_tile(backend: Backend, k: int) -> None:
+    check(backend, (2, 300), torch.float32, Variant(p=str(k / 300 - 1e-5), residual="same"))
+    assert ("backward_rowstail" in backend.calls) == (k <= 256)
+
+
+# three tiles of 32, 64 and 128, three of a warp's width, a ragged row of several tiles
+@pytest.mark.parametrize("hidden", [16, 96, 192, 384, 640, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_several_tiles(backend: Backend, dtype: torch.dtype, hidden: int) -> None:
+    check(backend, (5, hidden), dtype, Variant(p="0.6", residual="same", casting="llama"))
+    assert backend.calls == ["forward_tile", "backward_rowsrow", "reduce_partials"]
+
+
+@pytest.mark.parametrize("rows", [1, 33, 301])
+def test_programs_take_turns_over_the_rows(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """More rows than programs, fewer, and neither a multiple of the rows of a tile."""
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 3)
+    check(backend, (rows, 256), torch.float32, Variant(casting="llama", p="0.3"))
+
+
+def test_no_rows() -> None:
+    x = torch.empty(0, 96, device=DEVICE)
+    weight, bias = torch.randn(2, 96, device=DEVICE)
+    formula = reference.Formula(96, 1e-5, 0.0, False)
+    y, _, rstd = triton_backend.forward(x, None, weight, bias, formula, save_rstd=True)
+    assert y.shape == (0, 96)
+    dx, dweight, dbias = triton_backend.backward(
+        y, None, x, weight, rstd, formula, weight_grad=True, bias_grad=torch.float32
     )
-    k = functional.statistic_size(hidden, p)
-
-    def expected(x, r, w, b):
-        return eager_norm(x + r, w, b, eps=1e-5, k=k, offset=1.0, casting="gemma"), x + r
-
-    for a, b in zip(got, run(expected, [x, residual, weight, bias], cotangents), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
-    assert launches == ["forward_loop", "backward_pull", "backward_columns", "reduce_partials"]
+    assert dx.shape == (0, 96)
+    assert torch.equal(dweight, torch.zeros_like(weight))
+    assert torch.equal(dbias, torch.zeros_like(bias))
 
 
 def test_a_row_of_131072(launches: list[str]) -> None:
@@ -72,56 +119,98 @@ def test_a_row_of_131072(launches: list[str]) -> None:
     expected = run(lambda *t: eager_norm(*t, **settings), [x, None, None], [dy])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert launches == ["forward_loop", "backward_pull", "backward_columns"]
+    assert launches == ["forward_loop", "backward_dots", "backward_rowshead"]
 
 
-def test_tiles_cover_every_width_and_follow_from_it_alone() -> None:
-    for hidden in (1, 7, 16, 17, 512, 513, 768, 5120, 8192):
-        tile = triton_backend.row_tile(hidden, limit=triton_backend._BACKWARD_ROW_BYTES)
-        assert tile is not None and tile.columns >= hidden
-        assert tile.rows == 1 or hidden <= 512
-    assert triton_backend.row_tile(8193, limit=triton_backend._BACKWARD_ROW_BYTES) is None
-    assert triton_backend.row_tile(8192, 8, limit=triton_backend._BACKWARD_ROW_BYTES) is None
+def test_partial_sums_stay_few_for_short_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs: dict[int, int] = {}
+    x = torch.empty(0, 4096, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 100)
+    for rows in (7, 1000, 2400, 10**6):
+        monkeypatch.setattr(
+            triton_backend,
+            "launch",
+            lambda kernel, grid, *args, rows=rows, **_: programs.setdefault(rows, grid[0]),
+        )
+        x = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
+        rstd = torch.empty(rows, 1, device="meta")
+        triton_backend.backward(
+            *(x, None, x, x[0], rstd, reference.Formula(4096, 1e-5, 0.0, False)),
+            weight_grad=True,
+            bias_grad=None,
+        )
+    assert programs == {7: 7, 1000: 100, 2400: 150, 10**6: 200}
 
 
-# one width of every tile, and ragged ones
-BFLOAT16 = [7, 64, 128, 256, 512, 768, 2048, 4096, 5120, 12288, 131072]
-AOT_CASES = {
-    90: [f"bfloat16:{n}" for n in BFLOAT16] + ["float32:512", "float32:8192", "float32:16384"],
-    80: ["bfloat16:512", "bfloat16:8192", "bfloat16:131072", "float32:768"],
-}
+def test_tiles_fit_their_widths() -> None:
+    bfloat16 = torch.bfloat16, torch.float32
+    forward = {
+        n: row_tile(n, 2, forward_limits(*bfloat16))
+        for n in (1, 64, 96, 768, 1024, 4096, 5120, 7168, 12288, 32768, 32769)
+    }
+    assert forward == {
+        1: Tile(128, 16, 1, 4),
+        64: Tile(32, 64, 1, 4),
+        96: Tile(32, 32, 3, 4),
+        768: Tile(4, 256, 3, 4),
+        1024: Tile(2, 512, 2, 4),
+        4096: Tile(1, 4096, 1, 8),
+        5120: Tile(1, 1024, 5, 4),
+        7168: Tile(1, 1024, 7, 4),
+        12288: Tile(1, 4096, 3, 16),
+        32768: Tile(1, 32768, 1, 32),
+        32769: None,
+    }
+    all_limits = [
+        *(forward_limits(*bfloat16), forward_limits(torch.float32, torch.float32)),
+        *(backward_limits(*bfloat16, sums) for sums in range(3)),
+        forward_limits(torch.float64, torch.float64),
+    ]
+    for limits in all_limits:
+        for hidden in (*range(1, 600, 7), 769, 1280, 2560, 3000, 4097, 6144, 11008, 14336, 20480):
+            for itemsize in (2, 4, 8):
+                tile = row_tile(hidden, itemsize, limits)
+                if tile is None:
+                    assert hidden > 32 * limits.warps * limits.most
+                    continue
+                rows, columns, tiles, warps = tile
+                assert columns * (tiles - 1) < hidden <= columns * tiles or hidden < 16
+                assert columns & (columns - 1) == rows & (rows - 1) == 0
+                assert warps <= max(4, limits.warps)
+
+
+# One of every kernel, part and kind of tile; the whole table takes minutes.
+COMPILED = [
+    *("90:bfloat16:7:plain", "90:bfloat16:64:full", "90:bfloat16:96:full"),
+    *("90:bfloat16:768:full,frozen", "90:bfloat16:4096:full", "90:bfloat16:5120:plain"),
+    *("90:bfloat16:7168:full", "90:bfloat16:12288:full", "90:bfloat16:16384:full,plain"),
+    *("90:bfloat16:28672:plain", "90:bfloat16:65536:partial"),
+    *("90:float32:768:plain", "90:float32:5120:plain", "90:float32:12288:full"),
+    *("90:float32:65536:plain", "80:bfloat16:768:full", "80:bfloat16:5120:plain"),
+    *("80:bfloat16:16384:plain", "80:bfloat16:65536:full"),
+]
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("capability", AOT_CASES)
-def test_compiled_kernels_hold_what_they_promise(capability: int, tmp_path: Path) -> None:
-    """Needs no GPU, but a process of its own: the interpreter replaces the compiler."""
+def test_compiled_kernels_hold_what_they_promise(tmp_path: Path) -> None:
+    """No spills, 128-bit accesses, enough in flight: `problems` in aot_compile.py.
+
+    Needs no GPU, but a process without the interpreter.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("aot_compile.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(capability), *AOT_CASES[capability]],
+        [sys.executable, str(script), "--json", *COMPILED],
         capture_output=True,
         text=True,
         env=env,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert {r["kernel"] for r in report} == {
-        "forward_tile",
-        "forward_loop",
-        "backward_tile",
-        "backward_pull",
-        "backward_columns",
-        "reduce_partials",
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {r["kernel"] for r in found["report"]} == {
+        *("forward_tile", "forward_loop", "backward_dots", "reduce_partials"),
+        *(f"backward_rows_{part}" for part in ("row", "tail", "head")),
     }
-    for r in report:
-        assert r["stack"] == r["local_loads"] == r["local_stores"] == 0, f"spills: {r}"
-        assert r["f64"] == 0, f"float64 arithmetic: {r}"
-        assert r["mul_s32"] == 0, f"a 32-bit product may be a row offset: {r}"
-        if r["hidden"] > 512 and r["kernel"] == "forward_tile":
-            assert r["vector_loads"] == r["loads"], f"loads narrower than 128 bits: {r}"
-        if r["hidden"] > 512 and r["kernel"] in ("backward_tile", "backward_columns"):
-            resident = triton_backend._RESIDENT_WARPS
-            assert r["registers"] * 32 * resident <= 65536, f"fewer resident than planned: {r}"
+    assert not found["problems"], "\n".join(found["problems"])

@@ -94,7 +94,7 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     run = lambda: case(5, 24, torch.float32, VARIANTS["plain"], "cpu")  # noqa: E731
     (right,) = run_checks([Check("g", "right", run)], monkeypatch)
     assert right["status"] == "passed" and right["what"] and 0 < right["share_of_limit"] <= 1
-    assert {"forward_tile", "backward_tile"} <= set(right["kernels"])
+    assert {"forward_tile", "backward_rows"} <= set(right["kernels"])
     monkeypatch.setattr(triton_backend, "forward", skewed)
     (wrong,) = run_checks([Check("g", "wrong", run)], monkeypatch)
     assert wrong["status"] == "failed"
