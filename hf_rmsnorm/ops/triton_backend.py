@@ -31,6 +31,7 @@ _LOOP_BYTES = 65536
 _DOT_COLUMNS = 4096
 _SHARED_COLUMNS = 2048
 _ROWS_PER_PARTIAL = 16
+_REDUCE_COLUMNS = 16
 # 1024 threads to a program; warps of AMD's data-centre GPUs have 64
 _MOST_WARPS = 16 if torch.version.hip else 32
 
@@ -258,12 +259,12 @@ def backward(
     dbias = None if bias_grad is None else x.new_empty(hidden, dtype=bias_grad)
     launch(
         triton_backward.reduce_partials,
-        (triton.cdiv(hidden, 16),),
+        (triton.cdiv(hidden, _REDUCE_COLUMNS),),
         *(dweight_partials, dbias_partials, dweight, dbias),
         programs,
         N=hidden,
         BM=256,
-        BN=16,
+        BN=_REDUCE_COLUMNS,
         num_warps=4,
     )
     return dx, dweight, dbias
