@@ -225,16 +225,23 @@ def _undo(model: nn.Module, record: _Record) -> None:
             callback(model)
 
 
-def _require_records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
+def patched_parts(model: nn.Module) -> list[tuple[str, PatchPlan]]:
+    """Path in `model` and plan of all that was patched there, each relative to its own path."""
+    return [(name, record.plan) for name, _, record in _records(model)]
+
+
+def _records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
     """`(path, module, record)` of every patched module in `model`, outermost first."""
-    if isinstance(model, nn.Module):
-        found = [
-            (name, module, module.__dict__[_RECORD])
-            for name, module in model.named_modules()
-            if _RECORD in module.__dict__
-        ]
-        if found:
-            return found
+    return [
+        (name, module, module.__dict__[_RECORD])
+        for name, module in model.named_modules()
+        if _RECORD in module.__dict__
+    ]
+
+
+def _require_records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
+    if isinstance(model, nn.Module) and (found := _records(model)):
+        return found
     raise PatchError(
         f"this {type(model).__name__} was not patched by hf_rmsnorm: call patch_model first"
     )

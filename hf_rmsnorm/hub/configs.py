@@ -66,7 +66,10 @@ def mark_config(config: PreTrainedConfig, record: dict[str, Any]) -> None:
 
 
 def unmark_config(config: PreTrainedConfig) -> None:
-    """The inverse of `mark_config`."""
+    """The inverse of `mark_config`, for the configs of parts in it, too."""
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            unmark_config(value)
     if is_marked(config):
         for name in (RECORD, "base_model_type", "model_type", "auto_map"):
             config.__dict__.pop(name, None)
@@ -74,15 +77,18 @@ def unmark_config(config: PreTrainedConfig) -> None:
 
 
 @contextmanager
-def stock_class(config: Any) -> Iterator[None]:
-    """The config as a stock one, while a model is built that builds parts of itself from it
-    through `AutoModel`: those get their share of the patch with the whole."""
+def stock_class(model: Any, config: Any) -> Iterator[None]:
+    """The config as a stock one, also to the model's own checks, while a model is built that builds
+    parts of itself from it through `AutoModel`: those get their share of the patch with the
+    whole."""
     ours = type(config)
-    config.__class__ = ours.__mro__[1] if ours.model_type == MODEL_TYPE else ours
+    stock = ours.__mro__[1] if ours.model_type == MODEL_TYPE else ours
+    config.__class__ = model.__dict__["config_class"] = stock
     try:
         yield
     finally:
         config.__class__ = ours
+        del model.__dict__["config_class"]
 
 
 class RMSNormAutoConfig(PreTrainedConfig):
@@ -104,6 +110,12 @@ class RMSNormAutoConfig(PreTrainedConfig):
 
 
 class _Registering(RMSNormAutoConfig):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Models that are put together from others hand on their configs as keywords."""
+        if "base_model_type" in kwargs:
+            return cls.from_dict(kwargs)
+        return super().__new__(cls)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         from .loading import register_models

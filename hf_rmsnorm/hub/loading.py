@@ -22,6 +22,7 @@ from ..probing import Fold
 from . import saving
 from .configs import MODEL_TYPE, config_class, stock_class
 from .exactness import Evidence, off_centre
+from .parts import SAVED
 from .records import RECORD, check_record, config_file, folds_of, from_record, gains
 
 _model_classes: dict[Any, Any] = {}
@@ -37,12 +38,12 @@ def model_class(base: Any) -> Any:
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             where = config_file(config.name_or_path)
             record = check_record(getattr(config, RECORD, None), where)
-            with stock_class(config):
+            with stock_class(self, config):
                 base.__init__(self, config, *args, **kwargs)
             apply_plan(self, from_record(self, record, where))
 
         def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
-            saving.save_pretrained(self, base, *args, **kwargs)
+            saving.save_patched(self, base, *args, **kwargs)
 
         def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
             return saving.push_to_hub(self, *args, **kwargs)
@@ -144,7 +145,7 @@ def _patch_again(model: Any, record: dict[str, Any], where: str) -> None:
             "and patch it again"
         )
     apply_plan(model, plan)
-    saved = model.__dict__[saving.SAVED]
+    saved = model.__dict__[SAVED]
     if saved.evidence is not None:
         saved.evidence = Evidence(model, folds)
 

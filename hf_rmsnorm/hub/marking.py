@@ -13,8 +13,8 @@ from ..plan import PatchPlan
 from .configs import is_marked, mark_config, unmark_config
 from .exactness import Evidence, may_be_stock
 from .loading import base_class, model_class
+from .parts import SAVED, Saved, changes_the_class
 from .records import below, to_record
-from .saving import SAVED, Saved
 
 
 def mark(model: nn.Module, plan: PatchPlan) -> None:
@@ -27,7 +27,7 @@ def mark(model: nn.Module, plan: PatchPlan) -> None:
     marked: list[str] = []
     for prefix, part in list(_pretrained(model)):
         inner = below(plan, prefix)
-        if not _changes_the_class(inner):
+        if not changes_the_class(inner):
             continue
         base = base_class(type(part))
         fresh = base is type(part)  # else it is being loaded, as what a checkpoint says it is
@@ -49,17 +49,6 @@ def _become(part: Any, cls: Any) -> None:
     table: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
     dict.__setitem__(table, str(cls), dict.get(table, str(type(part))))
     part.__class__ = cls
-
-
-def _changes_the_class(plan: PatchPlan) -> bool:
-    """Whether the stock class would compute something else than the patched modules.
-
-    A norm that was RMSNorm already is the stock architecture with a faster kernel.
-    """
-    return any(
-        site.verdict != "kept" and (plan.p < 1 or site.spec is None or site.spec.kind != "rmsnorm")
-        for site in plan.sites
-    )
 
 
 def unmark(model: nn.Module) -> None:

@@ -265,3 +265,17 @@ def below(plan: PatchPlan, prefix: str) -> PatchPlan:
         if widen.up.startswith(start) and widen.down.startswith(start)
     )
     return replace(plan, sites=tuple(sites), centers=tuple(centers), widens=tuple(widens))
+
+
+def lifted(plan: PatchPlan, prefix: str) -> PatchPlan:
+    """The inverse of `below`, for what a record holds: the names as seen from an outer module."""
+    start = prefix + "."
+    return replace(
+        plan,
+        sites=tuple(
+            replace(s, name=(start + s.name).removesuffix("."))  # a norm patched by itself has none
+            for s in plan.sites
+        ),
+        centers=tuple(replace(c, module=start + c.module) for c in plan.centers),
+        widens=tuple(replace(w, up=start + w.up, down=start + w.down) for w in plan.widens),
+    )

@@ -8,30 +8,27 @@ target first, so that a save that fails leaves the target as it was.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import PatchError
-from ..plan import PatchPlan
 from . import modeling
 from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
-from .exactness import Evidence
+from .parts import SAVED, what_to_save
 from .records import RECORD, about_weights, gains
-
-SAVED = "_hf_rmsnorm_saved"  # attribute of each model inside a patched model
 
 _WEIGHTS = re.compile(
     r"(?:model|pytorch_model)(?P<variant>\.[^.]+?)?(?:-\d{5}-of-\d{5})?"
@@ -39,23 +36,7 @@ _WEIGHTS = re.compile(
 )
 
 
-@dataclass
-class Saved:
-    """What saving needs to know of a patched model.
-
-    Attributes:
-        plan: what was done to this model, names relative to it.
-        record: the same for the config.
-        evidence: what its exactness rests on; None where it cannot be stock: not exact, a part of
-            what was patched, loaded from a checkpoint that was not, or with offloaded weights.
-    """
-
-    plan: PatchPlan
-    record: dict[str, Any]
-    evidence: Evidence | None
-
-
-def save_pretrained(
+def save_patched(
     model: Any,
     base: type,
     save_directory: str | os.PathLike[str],
@@ -74,7 +55,8 @@ def save_pretrained(
         raise PatchError(f"{target} is a file: save_pretrained needs a folder")
     if state_dict is not None:  # of torch.compile's wrappers, too
         state_dict = {name.replace("_orig_mod.", ""): t for name, t in state_dict.items()}
-    saved: Saved = model.__dict__[SAVED]
+    saved = what_to_save(model)
+    assert saved is not None
     evidence = saved.evidence
     stock = None
     if evidence is not None and evidence.holds(model, state_dict):
@@ -292,3 +274,30 @@ def push_to_hub(model: Any, repo_id: str, *, tags: list[str] | None = None, **kw
             tags=tags,
             **kwargs,
         )
+
+
+def _watch_saving(native: Any) -> None:
+    """See to it that a model around one that was patched by itself (`patch_model(m.transformer)`,
+    or a patched encoder built into something) is saved as what it computes, too.
+
+    Nothing leads from a part to the models around it, so this cannot be done to them: it is the one
+    thing that is changed in transformers. A model without patched parts is saved as ever.
+    """
+
+    @functools.wraps(native)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        own = self.__dict__
+        saved = None if SAVED in own else what_to_save(self)
+        if saved is None:
+            native(self, *args, **kwargs)
+            return
+        own[SAVED] = saved
+        try:
+            save_patched(self, type(self), *args, **kwargs)
+        finally:
+            del own[SAVED]
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+_watch_saving(PreTrainedModel.save_pretrained)

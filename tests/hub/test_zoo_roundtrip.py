@@ -15,6 +15,7 @@ from typing import Any
 import model_zoo
 import pytest
 import torch
+import transformers
 from model_zoo.sizes import BERT, D, F, H, V, model
 from safetensors.torch import load_file, save_file
 from tiny_models import config_of, contents, run_python
@@ -62,8 +63,18 @@ RMS = {
         decoder_start_token_id=0,
     ),
 }
-# Heads that build their base model through AutoModel, from the config that has the patch.
+
+
+def composed() -> Any:
+    parts = [transformers.BertConfig(**BERT), transformers.BertConfig(**BERT)]
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return transformers.EncoderDecoderModel(config)
+
+
+# What builds parts of itself through AutoModel, from the config that has the patch.
 HEADS = {
+    "encoder-decoder": composed,
     "llama-classifier": model(
         "LlamaForSequenceClassification", "LlamaConfig", **GQA, num_labels=5, pad_token_id=0
     ),
