@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops import compiling, reference
+from .ops import compiling, reference, shortcut
 from .ops.autograd import AddRMSNormFunction, RMSNormFunction, is_plain
 from .ops.reference import Formula
 
@@ -86,16 +86,18 @@ def rms_norm(
         >>> rms_norm(x, eps=0.0) * (12.5 ** 0.5)
         tensor([[3., 4.]])
     """
+    if not torch.compiler.is_compiling():
+        y = shortcut.call(
+            x, None, weight, bias, _formula, eps, p, weight_offset, casting, out_dtype
+        )
+        if y is not None:
+            return y
     formula = _checked(x, weight, bias, eps, p, weight_offset, casting, out_dtype)
     if torch.compiler.is_compiling():
         return compiling.rms_norm(x, weight, bias, formula)
     if not is_plain(x, weight, bias):
         return reference.normalise(x, weight, bias, formula)[0]
     backend = ops.backend_for(x)
-    if backend is ops.cpu_backend:
-        y = backend.differentiable(x, None, weight, bias, formula)
-        if y is not None:
-            return y
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias):
         return RMSNormFunction.apply(x, weight, bias, formula, backend)
     return backend.forward(x, None, weight, bias, formula, save_rstd=False)[0]
@@ -127,6 +129,12 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: as `rms_norm`; also if `residual` differs in shape or device.
     """
+    if not torch.compiler.is_compiling() and residual is not None:
+        pair = shortcut.call(
+            x, residual, weight, bias, _formula, eps, p, weight_offset, casting, out_dtype
+        )
+        if pair is not None:
+            return pair
     formula = _checked(x, weight, bias, eps, p, weight_offset, casting, out_dtype)
     _check_residual(x, residual)
     if torch.compiler.is_compiling():
@@ -135,10 +143,6 @@ def add_rms_norm(
         normed, summed, _ = reference.forward(x, residual, weight, bias, formula, save_rstd=False)
         return normed, summed
     backend = ops.backend_for(x)
-    if backend is ops.cpu_backend:
-        pair = backend.differentiable(x, residual, weight, bias, formula)
-        if pair is not None:
-            return pair
     if torch.is_grad_enabled() and _any_requires_grad(x, residual, weight, bias):
         return AddRMSNormFunction.apply(x, residual, weight, bias, formula, backend)
     normed, summed, _ = backend.forward(x, residual, weight, bias, formula, save_rstd=False)
@@ -180,7 +184,7 @@ def _checked(
     casting: str,
     out_dtype: torch.dtype | None,
 ) -> Formula:
-    """On the path of every call: what is wrong is worded elsewhere."""
+    """On the path of every call but the shortcut's: what is wrong is worded elsewhere."""
     if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
         _refuse("x", x)
     vector = x.shape[-1:]

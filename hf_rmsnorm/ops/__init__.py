@@ -9,7 +9,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu_autograd, cpu_backend, cpu_build, reference
+from . import cpu_autograd, cpu_backend, cpu_build, reference, shortcut
+
+__all__ = ["backend_for", "reference", "shortcut"]
 
 
 def backend_for(x: Tensor) -> ModuleType:

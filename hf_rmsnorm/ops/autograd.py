@@ -27,7 +27,9 @@ def is_plain(*tensors: Tensor | None) -> bool:
     ):
         return False
     for t in tensors:
-        if t is not None and not (type(t) in PLAIN_TYPES and torch._C._has_storage(t)):
+        if t is not None and not (
+            type(t) in PLAIN_TYPES and torch._C._has_storage(t) and not t.is_neg()
+        ):
             return False
     return True
 

@@ -1,22 +1,25 @@
-/* The kernels of rms_norm.c behind PyTorch's dispatcher and autograd engine, so that a call costs
- * what F.layer_norm's does. Without this file everything works, through Python, and costs some tens
- * of microseconds more per call. What is computed is defined in reference.py alone. */
+/* The kernels of rms_norm.c behind one Python function and one autograd node, so that a call costs
+ * no more than one of F.layer_norm. Without this file everything works, through Python, and costs
+ * some tens of microseconds more per call. What is computed is defined in reference.py alone. */
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
 
 namespace {
 
 using at::ScalarType;
 using at::Tensor;
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-using Optional = std::optional<Tensor>;
 
 using ForwardKernel = void(const void* x, const void* residual, const void* weight,
                            const void* bias, void* y, void* summed, void* rstd, ptrdiff_t rows,
@@ -38,14 +41,10 @@ struct Kernels {
 constexpr size_t kTypes = static_cast<size_t>(ScalarType::NumOptions);
 std::array<std::array<Kernels, kTypes>, kTypes> kernels;  // [of x][of y]
 int64_t parallel_elements, max_blocks, block_rows;        // as in cpu_build.py
+PyObject* python_backward;                                // cpu_autograd._reference_backward
 
-/* Of a dtype by its name in rms_norm.c. */
-size_t index_of(std::string_view name) {
-  const ScalarType type = name == "f32"    ? ScalarType::Float
-                          : name == "f64"  ? ScalarType::Double
-                          : name == "bf16" ? ScalarType::BFloat16
-                                           : ScalarType::Half;
-  return static_cast<size_t>(type);
+Kernels& kernels_for(ScalarType x, ScalarType out) {
+  return kernels[static_cast<size_t>(x)][static_cast<size_t>(out)];
 }
 
 struct Formula {
@@ -54,14 +53,13 @@ struct Formula {
   bool llama;
 };
 
-ScalarType compute_type(ScalarType x) {
-  return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+bool is_float(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
 }
 
-Kernels kernels_for(ScalarType x, ScalarType out) {
-  const Kernels found = kernels[static_cast<size_t>(x)][static_cast<size_t>(out)];
-  TORCH_CHECK(found.forward, "hf_rmsnorm has no CPU kernel from ", x, " to ", out);
-  return found;
+ScalarType compute_type(ScalarType x) {
+  return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 int threads_for(int64_t elements) {
@@ -70,7 +68,7 @@ int threads_for(int64_t elements) {
 
 /* Rows with unit stride along each; copies only if it must. */
 Tensor rows_of(const Tensor& x) {
-  if (x.is_contiguous()) return x;
+  if (!x.defined() || x.is_contiguous()) return x;
   const Tensor rows = x.reshape({-1, x.size(-1)});
   return rows.stride(1) == 1 ? rows : rows.contiguous();
 }
@@ -83,205 +81,258 @@ int64_t row_stride(const Tensor& x) {
 const void* read(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-Tensor parameter(const Optional& t, ScalarType type) {
-  return t.has_value() && t->defined() ? t->to(type).contiguous() : Tensor();
+Tensor parameter(const Tensor& t, ScalarType type) {
+  if (!t.defined() || (t.scalar_type() == type && t.is_contiguous())) return t;
+  return t.to(type).contiguous();
+}
+
+Tensor empty(at::IntArrayRef sizes, ScalarType type) {
+  return Tensor(at::detail::empty_cpu(sizes, type));
 }
 
 struct Result {
   Tensor y, summed, rstd;
 };
 
-Result run_forward(const Tensor& x, const Optional& residual, const Optional& weight,
-                   const Optional& bias, const Formula& f, ScalarType out, bool save_rstd) {
+/* residual, weight and bias may be undefined. */
+Result run_forward(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                   const Tensor& bias, const Formula& f, ScalarType out, bool save_rstd) {
+  at::AutoDispatchBelowADInplaceOrView below;
   const ScalarType compute = compute_type(x.scalar_type());
-  const Kernels found = kernels_for(x.scalar_type(), out);
   const int64_t hidden = x.size(-1), n_rows = x.numel() / hidden;
-  const Tensor rows = rows_of(x), other = residual ? rows_of(*residual) : Tensor();
+  const Tensor rows = rows_of(x), other = rows_of(residual);
   const Tensor w = parameter(weight, compute), b = parameter(bias, compute);
   Result result;
-  result.y = at::empty(x.sizes(), x.options().dtype(out));
-  result.summed = residual ? at::empty(x.sizes(), x.options()) : Tensor();
-  if (save_rstd) result.rstd = at::empty({n_rows, 1}, x.options().dtype(compute));
-  found.forward(read(rows), read(other), read(w), read(b), write(result.y), write(result.summed),
-                write(result.rstd), n_rows, hidden, f.k, row_stride(rows), row_stride(other), f.eps,
-                f.offset, f.llama, threads_for(x.numel()));
+  result.y = empty(x.sizes(), out);
+  if (residual.defined()) result.summed = empty(x.sizes(), x.scalar_type());
+  if (save_rstd) result.rstd = empty({n_rows, 1}, compute);
+  kernels_for(x.scalar_type(), out)
+      .forward(read(rows), read(other), read(w), read(b), write(result.y), write(result.summed),
+               write(result.rstd), n_rows, hidden, f.k, row_stride(rows), row_stride(other), f.eps,
+               f.offset, f.llama, threads_for(x.numel()));
   return result;
 }
 
-/* dx, dweight, dbias; the last two only where wanted. */
-std::array<Tensor, 3> run_backward(const Tensor& dy, const Tensor& dsummed, const Tensor& x,
-                                   const Tensor& weight, const Tensor& rstd, const Formula& f,
-                                   bool weight_grad, std::optional<ScalarType> bias_grad) {
+struct Gradients {
+  Tensor sum, weight, bias;
+};
+
+/* dsummed may be undefined; those of weight and bias only where wanted. */
+Gradients run_backward(const Tensor& dy, const Tensor& dsummed, const Tensor& x,
+                       const Tensor& weight, const Tensor& rstd, const Formula& f,
+                       bool weight_grad, std::optional<ScalarType> bias_grad) {
+  at::AutoDispatchBelowADInplaceOrView below;
   const ScalarType compute = rstd.scalar_type();
-  const Kernels found = kernels_for(x.scalar_type(), dy.scalar_type());
   const int64_t hidden = x.size(-1), n_rows = x.numel() / hidden;
-  const Tensor x_rows = rows_of(x), dy_rows = rows_of(dy);
-  const Tensor ds_rows = dsummed.defined() ? rows_of(dsummed) : Tensor();
+  const Tensor x_rows = rows_of(x), dy_rows = rows_of(dy), ds_rows = rows_of(dsummed);
   const Tensor w = parameter(weight, compute);
   const int64_t blocks = std::min(max_blocks, (n_rows + block_rows - 1) / block_rows);
-  const auto options = x.options().dtype(compute);
-  const Tensor dx = at::empty(x.sizes(), x.options());
-  Tensor dweight, dbias, dweight_partials, dbias_partials;
-  if (weight_grad) {
-    dweight = at::empty({hidden}, options);
-    dweight_partials = at::empty({blocks, hidden}, options);
-  }
-  if (bias_grad) {
-    dbias = at::empty({hidden}, options);
-    dbias_partials = at::empty({blocks, hidden}, options);
-  }
-  found.backward(read(dy_rows), read(ds_rows), read(x_rows), read(w), read(rstd), write(dx),
-                 write(dweight), write(dbias), write(dweight_partials), write(dbias_partials),
-                 n_rows, hidden, f.k, row_stride(dy_rows), row_stride(ds_rows), row_stride(x_rows),
-                 f.offset, f.llama, blocks, threads_for(x.numel()));
-  if (weight_grad) dweight = dweight.to(weight.scalar_type());
-  if (bias_grad) dbias = dbias.to(*bias_grad);
-  return {dx, dweight, dbias};
+  Gradients d{empty(x.sizes(), x.scalar_type()), {}, {}};
+  Tensor weight_partials, bias_partials;
+  const auto summed_over_blocks = [&](Tensor& gradient, Tensor& partials) {
+    gradient = empty({hidden}, compute);
+    partials = blocks == 1 ? gradient : empty({blocks, hidden}, compute);
+  };
+  if (weight_grad) summed_over_blocks(d.weight, weight_partials);
+  if (bias_grad) summed_over_blocks(d.bias, bias_partials);
+  kernels_for(x.scalar_type(), dy.scalar_type())
+      .backward(read(dy_rows), read(ds_rows), read(x_rows), read(w), read(rstd), write(d.sum),
+                write(d.weight), write(d.bias), write(weight_partials), write(bias_partials),
+                n_rows, hidden, f.k, row_stride(dy_rows), row_stride(ds_rows), row_stride(x_rows),
+                f.offset, f.llama, blocks, threads_for(x.numel()));
+  if (weight_grad) d.weight = parameter(d.weight, weight.scalar_type());
+  if (bias_grad) d.bias = parameter(d.bias, *bias_grad);
+  return d;
 }
 
-/* reference.backward, through the dispatcher: for gradients that are differentiated themselves, and
- * for tensors that are no plain memory. */
-std::array<Tensor, 3> reference_backward(const Tensor& dy, const Tensor& dsummed, const Tensor& x,
-                                         const Tensor& weight, const Formula& f, bool weight_grad,
-                                         std::optional<ScalarType> bias_grad) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("hf_rmsnorm_cpu::reference_backward", "")
-          .typed<std::vector<Tensor>(const Tensor&, const Optional&, const Tensor&, const Optional&,
-                                     int64_t, double, double, bool, bool,
-                                     std::optional<ScalarType>)>();
-  const auto given = [](const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; };
-  const auto found = op.call(dy, given(dsummed), x, given(weight), f.k, f.eps, f.offset, f.llama,
-                             weight_grad, bias_grad);
-  size_t next = 0;
-  std::array<Tensor, 3> result;
-  result[0] = found[next++];
-  if (weight_grad) result[1] = found[next++];
-  if (bias_grad) result[2] = found[next++];
-  return result;
-}
-
-bool wants_grad(const Tensor& t) { return t.requires_grad(); }
-bool wants_grad(const Optional& t) { return t && t->requires_grad(); }
-template <typename... Args>
-bool any_wants_grad(const Args&... args) {
-  return at::GradMode::is_enabled() && (wants_grad(args) || ...);
-}
-
+/* Memory of a CPU that may be read as it is. */
 bool is_plain(const Tensor& t) {
-  return !t.defined() ||
-         (t.device().is_cpu() && t.layout() == at::kStrided && t.has_storage() &&
-          !t.key_set().has_any(c10::python_ks | c10::functorch_transforms_ks |
-                               c10::DispatchKeySet(c10::DispatchKey::ZeroTensor)));
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet usual({DispatchKey::CPU, DispatchKey::AutogradCPU,
+                                       DispatchKey::AutocastCPU, DispatchKey::ADInplaceOrView});
+  return !t.defined() || (usual.isSupersetOf(t.key_set()) && t.has_storage());
 }
 
-struct Norm : torch::autograd::Function<Norm> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Optional& residual,
-                               const Optional& weight, const Optional& bias, Formula f,
-                               ScalarType out) {
-    Result result = run_forward(x, residual, weight, bias, f, out, true);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward(
-        {residual ? result.summed : x, weight.value_or(Tensor()), result.rstd});
-    auto& saved = ctx->saved_data;
-    saved["k"] = f.k;
-    saved["eps"] = f.eps;
-    saved["offset"] = f.offset;
-    saved["llama"] = f.llama;
-    saved["weight_grad"] = weight && weight->requires_grad();
-    if (bias && bias->requires_grad()) saved["bias_grad"] = bias->scalar_type();
-    saved["residual"] = residual.has_value();
-    if (residual) return {result.y, result.summed};
-    return {result.y};
+/* For gradients that are differentiated themselves, and for tensors that are no plain memory. */
+Gradients reference_backward(const Tensor& dy, const Tensor& dsummed, const Tensor& x,
+                             const Tensor& weight, const Formula& f, bool weight_grad,
+                             std::optional<ScalarType> bias_grad) {
+  pybind11::gil_scoped_acquire gil;
+  const auto dtype = bias_grad ? pybind11::cast(*bias_grad) : pybind11::none();
+  const auto found = pybind11::handle(python_backward)(dy, dsummed, x, weight, f.k, f.eps, f.offset,
+                                                       f.llama, weight_grad, dtype);
+  using Maybe = std::optional<Tensor>;
+  const auto [sum, w, b] = found.cast<std::tuple<Tensor, Maybe, Maybe>>();
+  return {sum, w.value_or(Tensor()), b.value_or(Tensor())};
+}
+
+/* Its next edges are x, residual, weight and bias, there or not. */
+struct NormBackward : Node {
+  Formula f;
+  bool has_residual;
+  ScalarType bias_type;
+  SavedVariable x, weight, rstd;  // x is what was normalised: an output where a residual was added
+
+  std::string name() const override { return "RMSNormBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    const Tensor &dy = grads[0], dsummed = has_residual ? grads[1] : Tensor();
+    if (!dy.defined()) return {dsummed, dsummed, Tensor(), Tensor()};
+    Tensor values, w, r;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      values = x.unpack(getptr()), w = weight.unpack(), r = rstd.unpack();
+    }
+    const bool weight_grad = task_should_compute_output(2);
+    const auto bias_grad = task_should_compute_output(3) ? std::optional(bias_type) : std::nullopt;
+    const bool plain = is_plain(dy) && is_plain(dsummed) && is_plain(values) && is_plain(w);
+    const Gradients d =
+        plain && !at::GradMode::is_enabled()
+            ? run_backward(dy, dsummed, values, w, r, f, weight_grad, bias_grad)
+            : reference_backward(dy, dsummed, values, w, f, weight_grad, bias_grad);
+    return {d.sum, has_residual ? d.sum : Tensor(), d.weight, d.bias};
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto& saved = ctx->saved_data;
-    const bool has_residual = saved.at("residual").toBool();
-    const Tensor& dy = grads[0];
-    const Tensor dsummed = has_residual ? grads[1] : Tensor();
-    std::array<Tensor, 3> d;
-    if (dy.defined()) {
-      const auto tensors = ctx->get_saved_variables();
-      const Tensor &x = tensors[0], &weight = tensors[1], &rstd = tensors[2];
-      const Formula f{saved.at("k").toInt(), saved.at("eps").toDouble(),
-                      saved.at("offset").toDouble(), saved.at("llama").toBool()};
-      const bool weight_grad = saved.at("weight_grad").toBool();
-      const auto found = saved.find("bias_grad");
-      const auto bias_grad = found == saved.end()
-                                 ? std::nullopt
-                                 : std::optional<ScalarType>(found->second.toScalarType());
-      if (at::GradMode::is_enabled() || !is_plain(dy) || !is_plain(dsummed))
-        d = reference_backward(dy, dsummed, x, weight, f, weight_grad, bias_grad);
-      else
-        d = run_backward(dy, dsummed, x, weight, rstd, f, weight_grad, bias_grad);
-    } else {
-      d[0] = dsummed;
-    }
-    return {d[0], has_residual ? d[0] : Tensor(), d[1], d[2], Tensor(), Tensor()};
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&x, &weight, &rstd}) saved->reset_data();
+  }
+
+  /* For compiled autograd: what a graph is made for, and how it is traced. */
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(x, has_residual);
+    args.collect(weight, false);
+    args.collect(rstd, false);
+    args.collect(f.k);
+    args.collect(f.eps);
+    args.collect(f.offset);
+    args.collect(f.llama);
+    args.collect(has_residual);
+    args.collect(bias_type);
+  }
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (SavedVariable* saved : {&x, &weight, &rstd}) swap.before(*saved);
+    variable_list found = apply(variable_list(grads));
+    for (SavedVariable* saved : {&x, &weight, &rstd}) swap.after(*saved);
+    return found;
   }
 };
 
-template <bool autograd>
-Tensor rms_norm(const Tensor& x, const Optional& weight, const Optional& bias, int64_t k,
-                double eps, double offset, bool llama, ScalarType out) {
-  const Formula f{k, eps, offset, llama};
-  if constexpr (autograd) {
-    if (any_wants_grad(x, weight, bias))
-      return Norm::apply(x, Optional(), weight, bias, f, out)[0];
-  }
-  at::AutoDispatchBelowADInplaceOrView below;
-  return run_forward(x, std::nullopt, weight, bias, f, out, false).y;
+/* PyTorch keeps nodes in a shared_ptr up to some version, in an intrusive_ptr after. */
+template <typename Pointer = decltype(torch::autograd::Edge::function)>
+Pointer owned(NormBackward* node) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+    return Pointer(node, [](auto* any) { deleteNode(any); });
+  else
+    return Pointer::unsafe_steal_from_new(node);
 }
 
-template <bool autograd>
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
-                                        const Optional& weight, const Optional& bias, int64_t k,
-                                        double eps, double offset, bool llama, ScalarType out) {
-  const Formula f{k, eps, offset, llama};
-  if constexpr (autograd) {
-    if (any_wants_grad(x, residual, weight, bias)) {
-      const auto found = Norm::apply(x, Optional(residual), weight, bias, f, out);
-      return {found[0], found[1]};
-    }
+/* y, and the sum where there is a residual. */
+std::pair<Tensor, Tensor> differentiable(const Tensor& x, const Tensor& residual,
+                                         const Tensor& weight, const Tensor& bias,
+                                         const Formula& f, ScalarType out) {
+  RECORD_FUNCTION("hf_rmsnorm::rms_norm", std::vector<c10::IValue>({x, residual, weight, bias}));
+  const bool grad = torch::autograd::compute_requires_grad(x, residual, weight, bias);
+  const Result result = run_forward(x, residual, weight, bias, f, out, grad);
+  if (grad) {
+    auto* node = new NormBackward;
+    const auto owner = owned(node);
+    node->set_next_edges(torch::autograd::collect_next_edges(x, residual, weight, bias));
+    node->f = f;
+    node->has_residual = residual.defined();
+    node->bias_type = bias.defined() ? bias.scalar_type() : x.scalar_type();
+    torch::autograd::set_history(result.y, owner);
+    if (residual.defined()) torch::autograd::set_history(result.summed, owner);
+    node->x = SavedVariable(residual.defined() ? result.summed : x, residual.defined());
+    node->weight = SavedVariable(weight, false);
+    node->rstd = SavedVariable(result.rstd, false);
   }
-  at::AutoDispatchBelowADInplaceOrView below;
-  const Result result = run_forward(x, residual, weight, bias, f, out, false);
   return {result.y, result.summed};
 }
 
-TORCH_LIBRARY(hf_rmsnorm_cpu, m) {
-  m.def(
-      "rms_norm(Tensor x, Tensor? weight, Tensor? bias, int k, float eps, float offset, "
-      "bool llama, ScalarType out) -> Tensor");
-  m.def(
-      "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int k, float eps, "
-      "float offset, bool llama, ScalarType out) -> (Tensor, Tensor)");
-  m.def(
-      "reference_backward(Tensor dy, Tensor? dsummed, Tensor x, Tensor? weight, int k, float eps, "
-      "float offset, bool llama, bool weight_grad, ScalarType? bias_grad) -> Tensor[]");
+/* Nothing traces, transforms or intercepts what is called. */
+bool is_plain_mode() {
+  constexpr auto usual = c10::default_included_set | c10::autocast_dispatch_keyset;
+  const auto now = c10::impl::tls_local_dispatch_key_set();
+  return usual.isSupersetOf(now.included_) &&
+         (c10::InferenceMode::is_enabled() || !now.excluded_.has(c10::DispatchKey::AutogradCPU));
 }
 
-TORCH_LIBRARY_IMPL(hf_rmsnorm_cpu, CPU, m) {
-  m.impl("rms_norm", rms_norm<false>);
-  m.impl("add_rms_norm", add_rms_norm<false>);
+/* Whether this file knows such tensors; None is none. */
+bool take(PyObject* given, Tensor& t) {
+  if (given == Py_None) return true;
+  if (!THPVariable_CheckExact(given)) return false;
+  t = THPVariable_Unpack(given);
+  return is_plain(t) && is_float(t.scalar_type()) && !t._fw_grad(0).defined();
 }
 
-TORCH_LIBRARY_IMPL(hf_rmsnorm_cpu, AutogradCPU, m) {
-  m.impl("rms_norm", rms_norm<true>);
-  m.impl("add_rms_norm", add_rms_norm<true>);
+bool fits(const Tensor& vector, const Tensor& x) {
+  return !vector.defined() ||
+         (vector.dim() == 1 && vector.size(0) == x.size(-1) &&
+          (vector.scalar_type() != ScalarType::Double || x.scalar_type() == ScalarType::Double));
 }
+
+/* normalise(x, residual, weight, bias, make_formula, *settings): y, or (y, summed) with a residual;
+ * None if this is nothing for this file: Python goes on, and words what is wrong. The rest of
+ * make_formula's arguments, after the hidden size, are the settings. */
+PyObject* normalise(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
+  HANDLE_TH_ERRORS
+  constexpr size_t kSettings = 5;
+  TORCH_CHECK_TYPE(n_args == 5 + kSettings, "normalise takes 5 arguments and the settings");
+  Tensor x, residual, weight, bias;
+  if (!is_plain_mode() || !take(args[0], x) || !x.defined() || !x.dim() || !x.numel() ||
+      !take(args[1], residual) || !take(args[2], weight) || !take(args[3], bias) ||
+      !fits(weight, x) || !fits(bias, x))
+    Py_RETURN_NONE;
+  if (residual.defined() &&
+      (residual.sizes() != x.sizes() || residual.scalar_type() != x.scalar_type()))
+    Py_RETURN_NONE;
+
+  const pybind11::int_ hidden(x.size(-1));
+  std::array<PyObject*, 1 + kSettings> given{hidden.ptr()};
+  std::copy_n(args + 5, kSettings, given.begin() + 1);
+  const auto formula = pybind11::reinterpret_steal<pybind11::tuple>(
+      PyObject_Vectorcall(args[4], given.data(), given.size(), nullptr));
+  if (!formula) throw python_error();
+  const auto field = [&](int i) { return PyTuple_GET_ITEM(formula.ptr(), i); };
+  const Formula f{PyLong_AsLongLong(field(0)), PyFloat_AsDouble(field(1)),
+                  PyFloat_AsDouble(field(2)), PyObject_IsTrue(field(3)) == 1};
+  if (PyErr_Occurred()) throw python_error();
+  ScalarType out = x.scalar_type();
+  if (THPDtype_Check(field(4)))
+    out = reinterpret_cast<THPDtype*>(field(4))->scalar_type;
+  else if (f.llama && weight.defined())
+    out = c10::promoteTypes(out, weight.scalar_type());
+  if (!kernels_for(x.scalar_type(), out).forward) Py_RETURN_NONE;
+
+  std::pair<Tensor, Tensor> result;
+  {
+    pybind11::gil_scoped_release no_gil;
+    result = differentiable(x, residual, weight, bias, f, out);
+  }
+  if (!residual.defined()) return THPVariable_Wrap(std::move(result.first));
+  return pybind11::make_tuple(std::move(result.first), std::move(result.second)).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef normalise_method = {
+    "normalise", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(normalise)), METH_FASTCALL,
+    nullptr};
 
 }  // namespace
 
-extern "C" {
-void hf_rmsnorm_settings(int64_t elements, int64_t blocks, int64_t rows) {
-  parallel_elements = elements;
-  max_blocks = blocks;
-  block_rows = rows;
-}
-void hf_rmsnorm_kernels(const char* x, const char* out, void* forward, void* backward) {
-  kernels[index_of(x)][index_of(out)] = {reinterpret_cast<ForwardKernel*>(forward),
-                                         reinterpret_cast<BackwardKernel*>(backward)};
-}
+PYBIND11_MODULE(cpu_autograd, m) {
+  m.def("set_up", [](int64_t elements, int64_t blocks, int64_t rows, pybind11::object backward) {
+    parallel_elements = elements;
+    max_blocks = blocks;
+    block_rows = rows;
+    python_backward = backward.release().ptr();
+  });
+  m.def("add_kernels", [](ScalarType x, ScalarType out, uintptr_t forward, uintptr_t backward) {
+    kernels_for(x, out) = {reinterpret_cast<ForwardKernel*>(forward),
+                           reinterpret_cast<BackwardKernel*>(backward)};
+  });
+  m.attr("normalise") =
+      pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&normalise_method, nullptr));
 }

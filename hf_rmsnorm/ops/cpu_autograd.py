@@ -9,39 +9,42 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.machinery
+import importlib.util
 import logging
 import os
 import shlex
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpu_build, reference
+from . import cpu_backend, cpu_build, reference, shortcut
 from .reference import Formula
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_NAMESPACE = "hf_rmsnorm_cpu"
 _ABANDONED_SECONDS = 600
 
-# "rms_norm" and "add_rms_norm", as soon as they are loaded
-operators: dict[str, Any] = {}
+# Why calls still go through Python; the last one counts.
+_reasons = ["no call needed the C++ part yet"]
 
 
 @functools.cache
 def start() -> threading.Thread:
-    """Loads the result, or has it built; `operators` has it when it is there."""
+    """Loads the result, or has it built; `shortcut` has it when it is there."""
     thread = threading.Thread(target=_load_or_build, name="hf_rmsnorm build", daemon=True)
     target = _target()
     if target is not None and not target.exists():
+        _through_python(f"the C++ part is being built, once, as {target}")
         thread.start()
         return thread
     thread.run()
@@ -53,7 +56,23 @@ def finish() -> bool:
     thread = start()
     if thread.ident is not None:
         thread.join()
-    return bool(operators)
+    return _in_use()
+
+
+def status() -> str:
+    """How calls on the CPU go now, in words."""
+    if _in_use():
+        return "through C++"
+    return f"through Python: {_reasons[-1]}"
+
+
+def _in_use() -> bool:
+    return shortcut.call is not shortcut.none
+
+
+def _through_python(reason: str) -> None:
+    _reasons.append(reason)
+    logger.info("CPU calls go through Python: %s", reason)
 
 
 def _load_or_build() -> None:
@@ -63,12 +82,12 @@ def _load_or_build() -> None:
     if not target.exists():
         said = _build(target)
         if not target.exists():
-            logger.info("CPU calls go through Python: %s", said.strip()[-500:])
+            _through_python(f"{_compiler()} failed: {said.strip()[-500:]}")
             return
     try:
         _load(target)
-    except (OSError, AttributeError) as error:
-        logger.info("CPU calls go through Python: %s cannot be used: %s", target, error)
+    except (ImportError, AttributeError) as error:
+        _through_python(f"{target} cannot be used: {error}")
         target.unlink(missing_ok=True)  # the next process builds it again
 
 
@@ -80,14 +99,21 @@ def _compiler() -> str | None:
 
 def _target() -> Path | None:
     """Where the result is kept; None where it cannot be made or kept."""
-    compiler = _compiler()
-    if compiler is None or cpu_build.library() is None:
-        return None
-    folder = cpu_build.cache_dir()
-    if not os.access(folder, os.W_OK):
-        return None
-    parts = repr((torch.__version__, torch.__file__, _flags())).encode(), _SOURCE.read_bytes()
-    return folder / f"autograd-{cpu_build.fingerprint(compiler, *parts)}.so"
+    compiler, folder = _compiler(), cpu_build.cache_dir()
+    headers = Path(sysconfig.get_path("include"))
+    if cpu_build.library() is None:
+        _through_python("there is no CPU kernel, which the C++ part calls")
+    elif compiler is None:
+        _through_python("no C++ compiler (c++, g++ or clang++) on PATH; install one or set CXX")
+    elif not (headers / "Python.h").exists():
+        _through_python(f"no Python.h in {headers}; install Python's headers (python3-dev)")
+    elif not os.access(folder, os.W_OK):
+        _through_python(f"{folder} cannot be written; set HF_RMSNORM_CACHE to another folder")
+    else:
+        parts = repr((torch.__version__, torch.__file__, sys.implementation.cache_tag, _flags()))
+        name = cpu_build.fingerprint(compiler, parts.encode(), _SOURCE.read_bytes())
+        return folder / f"autograd-{name}.so"
+    return None
 
 
 def _flags() -> list[str]:
@@ -96,9 +122,10 @@ def _flags() -> list[str]:
         *("-O1", "-std=c++20", "-fPIC", "-shared"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-I{root / 'include'}",
-        f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+        f"-I{sysconfig.get_path('include')}",
         f"-L{root / 'lib'}",
-        *("-ltorch_cpu", "-lc10"),
+        *("-ltorch_python", "-ltorch_cpu", "-lc10"),
+        *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()),
     ]
 
 
@@ -117,7 +144,6 @@ def _build(target: Path) -> str:
         f"nice -n 19 {command} && mv {shlex.quote(partial)} {shlex.quote(str(target))}; "
         f"rm -f {shlex.quote(partial)} {shlex.quote(str(lock))}"
     )
-    logger.info("building %s in the background, once", target)
     done = subprocess.run(
         ["/bin/sh", "-c", steps],
         stdin=subprocess.DEVNULL,
@@ -149,45 +175,43 @@ def _taken(lock: Path) -> bool:
 
 
 def _load(target: Path) -> None:
-    torch.ops.load_library(str(target))
-    library, kernels = ctypes.CDLL(str(target)), cpu_build.library()
-    number, text, pointer = ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
-    library.hf_rmsnorm_settings.argtypes = [number] * 3
-    library.hf_rmsnorm_kernels.argtypes = [text, text, pointer, pointer]
-    library.hf_rmsnorm_settings(
-        cpu_build.PARALLEL_ELEMENTS, cpu_build.MAX_BLOCKS, cpu_build.BLOCK_ROWS
+    loader = importlib.machinery.ExtensionFileLoader(_SOURCE.stem, str(target))
+    spec = importlib.util.spec_from_file_location(loader.name, target, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    module.set_up(
+        cpu_build.PARALLEL_ELEMENTS, cpu_build.MAX_BLOCKS, cpu_build.BLOCK_ROWS, _backward
     )
+    kernels, dtypes = cpu_build.library(), {name: t for t, name in cpu_backend.NAMES.items()}
     for pair in cpu_build.PAIRS:
-        functions = [getattr(kernels, f"{way}_{pair}", None) for way in ("forward", "backward")]
-        addresses = [f and ctypes.cast(f, pointer).value for f in functions]
-        library.hf_rmsnorm_kernels(*pair.encode().split(b"_"), *addresses)
-    _reference_backward()
-    found = getattr(torch.ops, _NAMESPACE)
-    operators.update({name: getattr(found, name).default for name in ("add_rms_norm", "rms_norm")})
+        found = [getattr(kernels, f"{way}_{pair}", None) for way in ("forward", "backward")]
+        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in found if f is not None]
+        if addresses:  # no float16 from older compilers
+            module.add_kernels(*(dtypes[name] for name in pair.split("_")), *addresses)
+    shortcut.call = module.normalise
 
 
-@functools.cache
-def _reference_backward() -> torch.library.Library:
-    """Gives the C++ side `reference.backward`, also for vmap, old and new."""
-
-    def backward(
-        dy: Tensor,
-        dsummed: Tensor | None,
-        x: Tensor,
-        weight: Tensor | None,
-        k: int,
-        eps: float,
-        offset: float,
-        llama: bool,
-        weight_grad: bool,
-        bias_grad: torch.dtype | None,
-    ) -> list[Tensor]:
-        formula = Formula(k, eps, offset, llama)
-        wanted: dict[str, Any] = {"weight_grad": weight_grad, "bias_grad": bias_grad}
-        found = reference.backward(dy, dsummed, x, weight, None, formula, **wanted)
-        return [t for t in found if t is not None]
-
-    library = torch.library.Library(_NAMESPACE, "IMPL")
-    for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
-        library.impl("reference_backward", backward, key)
-    return library
+def _backward(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    k: int,
+    eps: float,
+    offset: float,
+    llama: bool,
+    weight_grad: bool,
+    bias_grad: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the C++ side calls for gradients that are no plain memory, or that need a graph."""
+    return reference.backward(
+        dy,
+        dsummed,
+        x,
+        weight,
+        None,
+        Formula(k, eps, offset, llama),
+        weight_grad=weight_grad,
+        bias_grad=bias_grad,
+    )

@@ -8,39 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu_autograd, cpu_build, reference
+from . import cpu_build, reference
 from .reference import Formula, as_rows, compute_dtype, output_dtype
 
-_NAMES = {
+# of a dtype in rms_norm.c
+NAMES = {
     torch.float32: "f32",
     torch.float64: "f64",
     torch.bfloat16: "bf16",
     torch.float16: "f16",
 }
-
-
-def differentiable(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    formula: Formula,
-) -> Any:
-    """y, or `(y, summed)` with a residual, with gradients, without going through Python's autograd.
-
-    None where that is not possible: not built yet, or a mixture of dtypes it does not know.
-    """
-    operators = cpu_autograd.operators
-    if not operators:
-        return None
-    if residual is not None and residual.dtype != x.dtype:
-        return None
-    out = output_dtype(x, weight, formula)
-    if _kernel("forward", x.dtype, out, compute_dtype(x, weight, bias)) is None:
-        return None
-    if residual is None:
-        return operators["rms_norm"](x, weight, bias, *formula[:4], out)
-    return operators["add_rms_norm"](x, residual, weight, bias, *formula[:4], out)
 
 
 def forward(
@@ -151,7 +128,7 @@ def _kernel(name: str, x: torch.dtype, out: torch.dtype, compute: torch.dtype) -
     """None for a mixture with float64, and for float16 where the compiler knows none."""
     if (x == torch.float64) != (compute == torch.float64):
         return None
-    return getattr(cpu_build.library(), f"{name}_{_NAMES[x]}_{_NAMES[out]}", None)
+    return getattr(cpu_build.library(), f"{name}_{NAMES[x]}_{NAMES[out]}", None)
 
 
 def _threads(elements: int) -> int:

@@ -174,7 +174,8 @@ def check(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, v: Varia
 
     backend.calls.clear()
     got = run(ours, inputs, cotangents)
-    assert len(backend.calls) >= 2, "the backend under test did not run"
+    least = 2 if shortcut.call is shortcut.none else 1  # C++ goes back unseen
+    assert len(backend.calls) >= least, "the backend under test did not run"
     eager = run(formula(eager_norm, casting=v.casting), inputs, cotangents)
     truth = run(formula(true_norm), inputs, cotangents, torch.float64)
     summed = x if residual is None else x.double() + residual.double()

@@ -76,6 +76,7 @@ def run_checks(checks: list, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     from harness import kernel_checks
 
     monkeypatch.setattr(ops, "backend_for", ops.backend_for)
+    monkeypatch.setattr(ops.shortcut, "call", ops.shortcut.call)
     monkeypatch.setattr(triton_backend, "launch", triton_backend.launch)
     lines = list(kernel_checks.run(checks, "cpu"))
     torch.use_deterministic_algorithms(True)  # as conftest had it
