@@ -1,1 +1,8 @@
-"""Patched models on disk and on the Hub. The only part of the package that needs transformers."""
+"""Patched models on disk and on the Hub. The only part of the package that needs transformers.
+
+- What a model knows of itself: `marking`, `configs`, `records`, `parts`, `exactness`.
+- Saving and loading: `saving`, `folders`, `loading`, `autos`, `modeling` (the file for readers
+  without the package).
+- Describing and uploading: `cards`, `card_merge`, `card_results`, `runs`, `push`.
+- `kernels`: our layers under Transformers' `use_kernels=True`.
+"""

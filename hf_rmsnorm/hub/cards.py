@@ -15,12 +15,11 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers.modelcard import TASK_MAPPING
-from transformers.models.auto import modeling_auto as autos
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..errors import PatchError
 from ..plan import layer_pattern
+from .autos import auto_class, task
 from .card_merge import merge
 from .card_results import METRICS, TASK, eval_results, texts
 from .configs import MODEL_TYPE
@@ -145,7 +144,7 @@ def make_card(
         base_model=base_model,
         base_model_relation=relation,
         library_name="transformers",
-        pipeline_tag=_task(facts["base_type"], facts["model_class"]) if config else TASK,
+        pipeline_tag=task(facts["base_type"], facts["model_class"]) if config else TASK,
         tags=["hf_rmsnorm", norm_tag, *(["custom_code"] if facts["format"] == "own" else [])],
     )
     norm_name = "RMSNorm" if facts["p"] == 1 else f"pRMSNorm (p = {facts['p']:g})"
@@ -190,7 +189,7 @@ def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "known": base_type in CONFIG_MAPPING_NAMES,
         "base_type": base_type,
         "model_class": model_class,
-        "auto": _auto_class(base_type, model_class),
+        "auto": auto_class(base_type, model_class),
         **{key: record[key] for key in ("norm", "p", "strategy")},
         "sites": _rows(record["sites"]),
         "centers": ", ".join(f"the {c['side']} of `{c['name']}`" for c in record["centers"]),
@@ -220,32 +219,3 @@ def _rows(sites: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
     unique = dict.fromkeys(tuple(row.items()) for row in rows)
     return [{key: text.replace("|", "\\|") for key, text in row} for row in unique]
-
-
-@cache
-def _auto_class(base_type: str, class_name: str | None) -> str:
-    """The Auto class that loads `class_name`; `AutoModel` where none lists it."""
-    mappings = {
-        name: getattr(auto, "_model_mapping", None)
-        for name, auto in vars(autos).items()
-        if name.startswith("Auto")
-    }
-    found = [
-        name
-        for name, mapping in mappings.items()
-        if _lists(getattr(mapping, "_model_mapping", {}), base_type, class_name)
-    ]
-    last = ("AutoModelForPreTraining", "AutoModelWithLMHead", "AutoModel")
-    return min(found, key=lambda name: name in last, default="AutoModel")
-
-
-@cache
-def _task(base_type: str, class_name: str | None) -> str | None:
-    """The Hub's name of what the class is for, as transformers knows it."""
-    tasks: dict[str, Any] = TASK_MAPPING
-    return next((t for t, names in tasks.items() if _lists(names, base_type, class_name)), None)
-
-
-def _lists(names: Mapping[str, Any], base_type: str, class_name: str | None) -> bool:
-    known = names.get(base_type, ())
-    return class_name in ((known,) if isinstance(known, str) else known)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,8 +17,10 @@ from ..patching import apply_plan
 from ..plan import PatchPlan
 from ..probing import Fold
 from . import saving
+from .autos import heads
 from .configs import MODEL_TYPE, config_class, stock_class
 from .exactness import Evidence, off_centre
+from .folders import check_folder
 from .parts import SAVED
 from .records import RECORD, check_record, config_file, folds_of, from_record, gains
 
@@ -87,7 +86,7 @@ def new_model(base: Any) -> Any:
 
 def register_models(base: Any) -> None:
     """Register the patched class of every head of `base` with its Auto class."""
-    for auto, classes in list(saving.heads(base)):
+    for auto, classes in list(heads(base)):
         ours = tuple(map(model_class, classes))
         auto.register(config_class(base), ours if len(ours) > 1 else ours[0], exist_ok=True)
 
@@ -108,7 +107,7 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
             missing, damaged, or does not fit its weights.
         OSError: no such hub repository (from transformers).
     """
-    _check_folder(Path(path_or_repo) / (kwargs.get("subfolder") or ""))
+    check_folder(Path(path_or_repo) / (kwargs.get("subfolder") or ""))
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     config, _ = PreTrainedConfig.get_config_dict(
         path_or_repo, **{key: kwargs[key] for key in hub if key in kwargs}
@@ -173,33 +172,3 @@ def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
     from accelerate.utils import align_module_device
 
     return align_module_device(module)
-
-
-def _check_folder(folder: Path) -> None:
-    """`PatchError` for a local folder that is no checkpoint, or half of one."""
-    if not folder.exists():
-        return  # a hub name, or transformers says what is wrong
-    if not (folder / "config.json").is_file():
-        raise PatchError(f"{folder} is not a checkpoint: it has no config.json")
-    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    if not weights and not any(path.is_dir() for path in folder.iterdir()):  # as DCP writes
-        raise PatchError(f"{folder} is half a checkpoint: it has a config.json, but no weights")
-    for path in (*weights, *_shards(folder)):
-        if not path.is_file():
-            raise PatchError(f"{path} is missing: {folder} was not written, or copied, to the end")
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt"):
-                    pass
-            except SafetensorError as error:
-                raise PatchError(f"{path} is damaged or incomplete ({error})") from None
-
-
-def _shards(folder: Path) -> Iterator[Path]:
-    """The files that the folder's indices name."""
-    for index in folder.glob("*.index*.json"):
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise PatchError(f"{index} is damaged ({error!r})") from None
-        yield from (folder / name for name in sorted(names))

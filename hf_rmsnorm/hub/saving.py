@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,21 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedModel
 
 from ..errors import PatchError
 from . import modeling
+from .autos import auto_map
 from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
+from .folders import move_into, staging
 from .parts import SAVED, what_to_save
 from .records import RECORD, about_weights, gains
-
-_WEIGHTS = re.compile(
-    r"(?:model|pytorch_model)(?P<variant>\.[^.]+?)?(?:-\d{5}-of-\d{5})?"
-    r"\.(?:safetensors|bin)(?:\.index(?P<late_variant>\.[^.]+)?\.json)?"
-)
 
 
 def save_patched(
@@ -71,12 +65,12 @@ def save_patched(
             native(model, target, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs)
             return
         upload = _prepare_upload(target, kwargs) if push_to_hub else None
-        with _staging(target) as staged:
+        with staging(target) as staged:
             _write_code(model, staged)
             native(model, staged, True, state_dict, **kwargs)
             _write_card(staged, target, model, upload)
             before = model._get_files_timestamps(target) if target.exists() else {}
-            _replace(staged, target, kwargs.get("variant"))
+            move_into(staged, target, kwargs.get("variant"))
     if upload is not None:
         model._upload_modified_files(target, files_timestamps=before, **upload)
 
@@ -125,31 +119,6 @@ def _saving_config(
         model.config, model.__class__ = old, cls
 
 
-def heads(base: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """`(Auto class, model classes)` for all that transformers has for the config class `base`."""
-    for auto in list(vars(modeling_auto).values()):
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is None or not hasattr(auto, "register") or base not in mapping:
-            continue
-        found = mapping[base]
-        every = found if isinstance(found, tuple) else (found,)
-        # one with another config class takes a part of this config
-        if fitting := tuple(head for head in every if head.config_class is base):
-            yield auto, fitting
-
-
-def auto_map(base: Any, name: str) -> dict[str, str]:
-    """The Auto classes and what each finds in the modeling file, where it has a choice the class
-    called `name`; empty for a config class that transformers does not know."""
-    if base.model_type not in CONFIG_MAPPING or CONFIG_MAPPING[base.model_type] is not base:
-        return {}
-    found = {"AutoConfig": "RMSNormAutoConfig"}
-    for auto, classes in heads(base):
-        names = [head.__name__ for head in classes]
-        found[auto.__name__] = name if name in names else names[0]
-    return {auto: f"{modeling.MODULE}.{head}" for auto, head in found.items()}
-
-
 def _write_code(model: Any, folder: Path) -> None:
     """The modeling file, if the config names it."""
     if getattr(model.config, "auto_map", None) and is_marked(model.config):
@@ -182,68 +151,6 @@ def _card_on_hub(upload: dict[str, Any]) -> Path | None:
         )
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A new folder on the same file system, gone at the end."""
-    parent = target.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    inside = target.is_dir() and (os.path.ismount(target) or not os.access(parent, os.W_OK))
-    place = target if inside else parent
-    with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}.") as beside:
-        staged = Path(beside) / "staged"
-        staged.mkdir()
-        yield staged
-
-
-def _replace(staged: Path, target: Path, variant: str | None) -> None:
-    """Move what is in `staged` into `target`, in place of the checkpoint there; wholly or not.
-
-    `config.json` goes first and comes last: without it a folder is no checkpoint.
-    """
-    if not target.exists():
-        staged.rename(target)
-        return
-    backup = staged.parent / "backup"
-    backup.mkdir()
-    new = sorted((path.name for path in staged.iterdir()), key="config.json".__eq__)
-    old = {name for name in new if (target / name).exists()} | _stale(staged, target, variant)
-    moved: list[tuple[Path, Path]] = []
-    try:
-        for name in sorted(old, key="config.json".__ne__):
-            moved.append((target / name, backup / name))
-            (target / name).replace(backup / name)
-        for name in new:
-            moved.append((staged / name, target / name))
-            (staged / name).replace(target / name)
-    except BaseException:
-        for source, destination in reversed(moved):
-            if destination.exists() and not source.exists():
-                destination.replace(source)
-        raise
-
-
-def _stale(staged: Path, target: Path, variant: str | None) -> set[str]:
-    """Files of the checkpoint in `target` that would make a mixture with the one in `staged`."""
-    stale = {modeling.FILE} & {path.name for path in target.iterdir()}
-    same = _kind(staged) == _kind(target)
-    for path in target.iterdir():
-        found = _WEIGHTS.fullmatch(path.name)
-        if found and not path.is_dir():
-            its_variant = (found["variant"] or found["late_variant"] or "").removeprefix(".")
-            if not same or its_variant == (variant or ""):
-                stale.add(path.name)
-    return stale
-
-
-def _kind(folder: Path) -> object:
-    """What a folder's config says about the patch: weights of another kind do not belong to it."""
-    try:
-        config = PreTrainedConfig.get_config_dict(folder)[0]
-    except (OSError, ValueError):
-        return None
-    return config.get("model_type"), config.get(RECORD)
 
 
 def _prepare_upload(target: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
