@@ -2,6 +2,7 @@
 
     python scripts/gpu_check.py [OUT_DIR] [--seconds 450] [--parts correctness ops models]
     python scripts/gpu_check.py OUT_DIR --cpu          # the script itself, tiny, in the interpreter
+    python scripts/gpu_check.py OUT_DIR --env HF_RMSNORM_CLUSTERS=1    # all of it with clusters
 
 correctness  the checks of harness/kernel_checks.py, in several processes, against float64
 ops, models  the benchmarks' quick subsets: what the goals need

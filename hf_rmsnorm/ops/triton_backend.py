@@ -3,12 +3,14 @@
 Tiles follow from the hidden size, the dtypes and which gradients are wanted: the result of a row
 never depends on how many rows there are, and nothing is tuned at run time. dw and db are summed in
 a fixed order that depends on the number of rows and of the device's processors.
+
+HF_RMSNORM_CLUSTERS=1 in the environment lets the programs of a wide row form a cluster, which reads
+the row once: see triton_clusters.py.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,7 +19,18 @@ from torch import Tensor
 
 from . import triton_backward, triton_forward
 from .reference import Formula, as_rows, compute_dtype, output_dtype
+from .triton_clusters import clusters_work
 from .triton_launch import launch, processors
+from .triton_layout import (
+    BACKWARD_PART,
+    FORWARD_PART,
+    MOST_WARPS,
+    Tile,
+    backward_limits,
+    forward_limits,
+    resident_programs,
+    row_tile,
+)
 
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -32,89 +45,6 @@ _DOT_COLUMNS = 4096
 _SHARED_COLUMNS = 2048
 _ROWS_PER_PARTIAL = 16
 _REDUCE_COLUMNS = 16
-# 1024 threads to a program; warps of AMD's data-centre GPUs have 64
-_MOST_WARPS = 16 if torch.version.hip else 32
-
-
-class Tile(NamedTuple):
-    """A block of `rows x (tiles * columns)` values, held in the registers of `warps` warps."""
-
-    rows: int
-    columns: int
-    tiles: int
-    warps: int
-
-
-class Limits(NamedTuple):
-    """How many values of a row a thread may hold. From what tests/ops/aot_compile.py reports.
-
-    Attributes:
-        usual: up to 16 warps are taken to keep to it.
-        exact: where fewer warps spare padding.
-        most: wider rows need other kernels.
-        warps: of the largest program.
-    """
-
-    usual: int
-    exact: int
-    most: int
-    warps: int
-
-
-def forward_limits(held: torch.dtype, compute: torch.dtype) -> Limits:
-    if compute.itemsize == 8:
-        return Limits(usual=8, exact=8, most=8, warps=_MOST_WARPS)
-    exact = 56 if held.itemsize == 2 else 32
-    return Limits(usual=24, exact=exact, most=32, warps=_MOST_WARPS)
-
-
-def backward_limits(held: torch.dtype, compute: torch.dtype, sums: int) -> Limits:
-    """`sums`: how many gradients add up over rows, each in registers of its own."""
-    if compute.itemsize == 8:
-        return Limits(usual=8, exact=8, most=8, warps=16)
-    most = 24 if sums < 2 else 16
-    if held.itemsize == 4:
-        return Limits(usual=most, exact=24, most=most, warps=16)
-    return Limits(usual=24, exact=24, most=most + 8, warps=16)
-
-
-def resident_programs(tile: Tile, sums: int) -> int:
-    """Programs of the backward that one multiprocessor has the registers for."""
-    values = tile.rows * tile.columns * tile.tiles // (32 * tile.warps)
-    warps = 32 if values <= 8 else 16 if values <= 16 or sums < 2 else 12
-    return max(1, warps // tile.warps)
-
-
-@functools.cache
-def row_tile(hidden: int, itemsize: int, limits: Limits) -> Tile | None:
-    """The tile that holds whole rows of `hidden` values of `itemsize` bytes; None: too wide.
-
-    A thread reads 16 bytes at a time. Rows of at least a warp's width are cut into tiles of one
-    such access each, narrower ones into three tiles where that is exact, or padded.
-    """
-    vector = 16 // itemsize
-    warps = 1
-    while hidden > 32 * warps * limits.usual and warps < 16:
-        warps *= 2
-    while hidden > 32 * warps * limits.most:
-        warps *= 2
-        if warps > limits.warps:
-            return None
-    for fewer in (warps, warps // 2, warps // 4):
-        if fewer and hidden % (32 * fewer * vector) == 0 and hidden <= 32 * fewer * limits.exact:
-            warps = fewer
-            break
-    columns = 32 * warps * vector
-    if hidden < columns:
-        columns = max(16, triton.next_power_of_2(hidden))
-        if columns >= 64 and hidden == columns // 4 * 3:
-            columns //= 4
-    tiles = triton.cdiv(hidden, columns)
-    rows = max(1, 128 * limits.usual // (columns * tiles))
-    rows = 1 << (rows.bit_length() - 1)
-    while rows == 1 and tiles % 2 == 0:
-        columns, tiles = columns * 2, tiles // 2
-    return Tile(rows, columns, tiles, max(4, warps))
 
 
 def forward(
@@ -125,8 +55,9 @@ def forward(
     formula: Formula,
     *,
     save_rstd: bool,
+    clusters: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `reference.forward`."""
+    """See `reference.forward`. `clusters` says whether to use them, instead of the device."""
     hidden = x.shape[-1]
     b_x = as_rows(x)
     b_residual = None if residual is None else as_rows(residual)
@@ -139,9 +70,12 @@ def forward(
     y = torch.empty(x.shape, dtype=output_dtype(summed, weight, formula), device=x.device)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=compute) if save_rstd else None
 
-    tile = row_tile(hidden, summed.dtype.itemsize, forward_limits(summed.dtype, compute))
+    if clusters is None:
+        clusters = clusters_work(x.device)
+    limits = forward_limits(summed.dtype, compute)
+    tile = row_tile(hidden, summed.dtype.itemsize, limits, FORWARD_PART if clusters else None)
     kernel = triton_forward.forward_tile if tile else triton_forward.forward_loop
-    tile = tile or Tile(1, _LOOP_BYTES // compute.itemsize, 1, _MOST_WARPS)
+    tile = tile or Tile(1, _LOOP_BYTES // compute.itemsize, 1, MOST_WARPS)
     launch(
         kernel,
         (triton.cdiv(b_x.shape[0], tile.rows),),
@@ -165,7 +99,7 @@ def forward(
         BM=tile.rows,
         BN=tile.columns,
         T=tile.tiles,
-        num_warps=tile.warps,
+        **tile.options,
     )
     return y, summed, rstd
 
@@ -180,8 +114,9 @@ def backward(
     *,
     weight_grad: bool,
     bias_grad: torch.dtype | None,
+    clusters: bool | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `reference.backward`."""
+    """See `reference.backward`. `clusters` says whether to use them, instead of the device."""
     hidden = x.shape[-1]
     compute = rstd.dtype
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -191,16 +126,19 @@ def backward(
     wanted = (weight_grad and weight is not None), bias_grad is not None
 
     # without `whole`, a program has a part of the columns
-    whole = row_tile(hidden, x.dtype.itemsize, backward_limits(x.dtype, compute, sum(wanted)))
+    if clusters is None:
+        clusters = clusters_work(x.device)
+    limits = backward_limits(x.dtype, compute, sum(wanted))
+    whole = row_tile(hidden, x.dtype.itemsize, limits, BACKWARD_PART if clusters else None)
     tile = whole or Tile(1, _SHARED_COLUMNS, 1, 4)
     resident = resident_programs(tile, sum(wanted))
     streams = [t for t in (dy, dsummed, x) if t is not None]
-    values = tile.rows * tile.columns * tile.tiles
+    values = tile.rows * tile.columns * tile.tiles // tile.clusters
     buffers = resident * (2 * values * sum(t.dtype.itemsize for t in streams) + 2048)
     parts = 1 if whole else triton.cdiv(hidden, _SHARED_COLUMNS)
     heads = parts if whole else triton.cdiv(formula.k, _SHARED_COLUMNS)
     at_once = min(heads, parts - heads) or parts  # enough for the smaller launch
-    programs = max(1, resident * processors(x.device) // at_once)
+    programs = max(1, resident * processors(x.device) // (at_once * tile.clusters))
     programs = min(programs, triton.cdiv(n_rows, tile.rows))
     if any(wanted):  # for short inputs the partial sums would be as much to write as dx
         programs = min(programs, max(processors(x.device), n_rows // _ROWS_PER_PARTIAL))
@@ -230,7 +168,7 @@ def backward(
             PART=part,
             FIRST=first,
             DOTS=1 if dots is None else dots.shape[1],
-            num_warps=tile.warps,
+            **tile.options,
         )
 
     if whole:

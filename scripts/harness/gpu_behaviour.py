@@ -6,6 +6,7 @@ Each raises Wrong, or whatever went wrong; Skipped where this machine cannot tel
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_rmsnorm
-from harness.gpu_launching import ROWS, step, tensors
+from harness.gpu_launching import ROWS, batch_invariant, deterministic, graph, step, tensors
 from harness.kernel_grid import VARIANTS, Finding, Wrong, case, norm_truth
 from hf_rmsnorm import RMSNorm, functional
 
@@ -235,6 +236,35 @@ def _random(rows: int, hidden: int) -> Tensor:
 def every_layout() -> Finding:
     variants = [VARIANTS["add"]._replace(layout=layout) for layout in ("strided", "transposed")]
     return max((case(257, 768, torch.bfloat16, v, "cuda") for v in variants), key=lambda f: f.share)
+
+
+def in_clusters(hidden: int) -> Finding:
+    """What HF_RMSNORM_CLUSTERS=1 asks for: numbers, repeats, neighbours, graphs."""
+    from hf_rmsnorm.ops import triton_clusters
+
+    name, device = "HF_RMSNORM_CLUSTERS", torch.device("cuda", torch.cuda.current_device())
+    lacks = triton_clusters.what_lacks(device)
+    if lacks:
+        raise Skipped(lacks)
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    triton_clusters.clusters_work.cache_clear()
+    try:
+        if not triton_clusters.clusters_work(device):
+            raise Skipped(f"not used, as tried: {triton_clusters.what_fails(device)}")
+        found = [
+            case(rows, hidden, dtype, VARIANTS[variant], "cuda")
+            for rows, dtype in ((1, torch.bfloat16), (ROWS, torch.bfloat16), (ROWS, torch.float32))
+            for variant in ("bias", "add, p, offset, unaligned", "add, frozen")
+        ]
+        for function in (deterministic, batch_invariant, graph):
+            function(hidden)
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+        triton_clusters.clusters_work.cache_clear()
+    return max(found, key=lambda finding: finding.share)
 
 
 SINGLE: tuple[Callable, ...] = (

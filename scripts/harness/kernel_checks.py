@@ -73,6 +73,8 @@ def on_gpu() -> list[Check]:
     for hidden in TELLING:
         for function in gpu_launching.BY_WIDTH:
             add("launching", f"{spoken(function)}, {hidden}", function, hidden)
+    for hidden in (5120, 8192, 16384, 65536):
+        add("clusters", f"{hidden}", gpu_behaviour.in_clusters, hidden)
     for function in gpu_behaviour.SINGLE:
         add("behaviour", spoken(function), function)
     for function in gpu_behaviour.LARGE:

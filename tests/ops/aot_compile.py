@@ -2,6 +2,7 @@
 
     python tests/ops/aot_compile.py                              # every tile, as a table
     python tests/ops/aot_compile.py 90:bfloat16:768:full,plain   # of one width only
+    python tests/ops/aot_compile.py 90c:bfloat16:8192:full       # with clusters: Triton 3.8
     python tests/ops/aot_compile.py --json 90:bfloat16:768:full  # for tests
 
 The interpreter must be off. The launches are recorded from the backend itself, on meta tensors, so
@@ -66,7 +67,7 @@ class Launch(NamedTuple):
 
 
 def recorded_launches(
-    capability: int, dtype: torch.dtype, hidden: int, variant: str
+    capability: int, dtype: torch.dtype, hidden: int, variant: str, clusters: bool = False
 ) -> list[Launch]:
     """What one forward and backward launch on 4096 rows.
 
@@ -78,6 +79,7 @@ def recorded_launches(
         Launch(kernel, grid, args, constants)
     )
     triton_backend.processors = lambda device: 1
+    triton_backend.clusters_work = lambda device: clusters
     triton_backend.shared_memory = lambda device: SHARED[capability]
     full = variant == "full"
     x, residual = torch.empty(2, 4096, hidden, dtype=dtype, device="meta")
@@ -145,6 +147,7 @@ def inspect(launch: Launch, compiled: Any, capability: int) -> dict:
     allocated = -(-registers // 8) * 8 * 32 * warps
     programs = min(65536 // allocated, 64 // warps, 32, SHARED[capability] // (shared + 1024))
     tile = constants.get("BM", 1) * constants["BN"] * constants.get("T", 1)
+    tile //= constants.get("num_ctas", 1)
     row_pointers = ("p_x", "p_residual", "p_dy", "p_dsummed", "p_dweight_partials")
     loaded = sum(
         arg.element_size()
@@ -193,25 +196,26 @@ def report_on(cases: list[str]) -> list[dict]:
     for case in cases:
         capability, dtype, hidden, variants = case.split(":")
         for variant in variants.split(","):
-            for launch in recorded_launches(
-                int(capability), getattr(torch, dtype), int(hidden), variant
-            ):
+            clusters, sm = capability.endswith("c"), int(capability.rstrip("c"))
+            kind = getattr(torch, dtype)
+            for launch in recorded_launches(sm, kind, int(hidden), variant, clusters):
                 key = capability, *launch.key()
                 if key in seen:
                     continue
                 seen.add(key)
                 c = launch.constants
+                ctas = f"x{c['num_ctas']}" if "num_ctas" in c else ""
                 labels = {
-                    "capability": int(capability),
+                    "capability": sm,
                     "dtype": dtype,
                     "hidden": int(hidden),
                     "variant": variant,
                     "kernel": launch.kernel.__name__ + (f"_{c['PART']}" if "PART" in c else ""),
-                    "tile": f"{c.get('BM', 1)}x{c.get('T', 1)}x{c['BN']}/{c['num_warps']}",
+                    "tile": f"{c.get('BM', 1)}x{c.get('T', 1)}x{c['BN']}/{c['num_warps']}{ctas}",
                     "stages": c.get("STAGES", 1),
                 }
-                compiled = compile_one(launch, int(capability))
-                report.append(labels | inspect(launch, compiled, int(capability)))
+                compiled = compile_one(launch, sm)
+                report.append(labels | inspect(launch, compiled, sm))
     return report
 
 

@@ -15,7 +15,7 @@ from test_backends import VARIANTS, Backend, Variant, check
 
 from hf_rmsnorm import functional, ops
 from hf_rmsnorm.ops import reference, triton_backend
-from hf_rmsnorm.ops.triton_backend import Limits, Tile, backward_limits, forward_limits, row_tile
+from hf_rmsnorm.ops.triton_layout import Limits, Tile, backward_limits, forward_limits, row_tile
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,7 +174,7 @@ def test_tiles_fit_their_widths() -> None:
                 if tile is None:
                     assert hidden > 32 * limits.warps * limits.most
                     continue
-                rows, columns, tiles, warps = tile
+                rows, columns, tiles, warps, _ = tile
                 assert columns * (tiles - 1) < hidden <= columns * tiles or hidden < 16
                 assert columns & (columns - 1) == rows & (rows - 1) == 0
                 assert warps <= max(4, limits.warps)
