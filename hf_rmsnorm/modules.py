@@ -121,6 +121,8 @@ class RMSNorm(nn.LayerNorm):
     def _autocast(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
         """What to normalise, and the output's dtype; None for what the formula says."""
         kind = x.device.type
+        if kind == "cpu" and self.autocast_output == "float32":
+            return x, None  # as autocast does to F.layer_norm there
         if (
             x.dtype == torch.float64
             or not torch.amp.is_autocast_available(kind)
@@ -131,7 +133,7 @@ class RMSNorm(nn.LayerNorm):
             return x, torch.get_autocast_dtype(kind)
         if self.autocast_output == "input":
             return x, x.dtype
-        if self.autocast_float32 and kind != "cpu":  # as autocast does to F.layer_norm
+        if self.autocast_float32:  # as autocast does to F.layer_norm
             return (x.float(), None) if self.casting == "llama" else (x, torch.float32)
         return x, None
 

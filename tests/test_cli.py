@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from hf_rmsnorm import PatchPlan
 from hf_rmsnorm.cli import main
+from hf_rmsnorm.ops import cpu_autograd
 
 QUICKSTART = Path(__file__).parents[1] / "scripts/results/quickstart"
 
@@ -91,6 +92,7 @@ def test_env_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out and "kernels on cpu: hf_rmsnorm.ops." in out
+    assert f"calls on cpu: {cpu_autograd.status()}\n" in out
 
 
 def test_patching_a_patched_checkpoint_says_so(

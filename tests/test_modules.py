@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_rmsnorm import PartialRMSNorm, RMSNorm
+from hf_rmsnorm import PartialRMSNorm, RMSNorm, functional
 
 
 def formula(
@@ -83,6 +83,75 @@ def test_classes_that_return_the_weights_dtype(x_dtype: torch.dtype) -> None:
     hat = (x.float() * (x.float().square().mean(-1, keepdim=True) + norm.eps).rsqrt()).half()
     assert norm(x).dtype == torch.float16
     torch.testing.assert_close(norm(x), norm.weight * hat)
+
+
+CHANGES = {
+    "eps": lambda norm: setattr(norm, "eps", 0.7),
+    "p": lambda norm: setattr(norm, "p", 0.3),
+    "weight_offset": lambda norm: setattr(norm, "weight_offset", 1.0),
+    "casting": lambda norm: setattr(norm.to(torch.bfloat16), "casting", "llama"),
+    "weight": lambda norm: setattr(norm, "weight", nn.Parameter(torch.randn(24))),
+    "no weight": lambda norm: setattr(norm, "weight", None),
+    "no bias": lambda norm: setattr(norm, "bias", None),
+    "half": lambda norm: norm.half(),
+    "double": lambda norm: norm.double(),
+    "frozen": lambda norm: norm.requires_grad_(False),
+    "in place": lambda norm: norm.weight.data.mul_(3.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_count_from_the_next_call_on(change: str) -> None:
+    """The same bits as the function with the new settings, which are read at each call."""
+    norm, x = randomised(RMSNorm(24)), torch.randn(1, 24)
+    before = norm(x)
+    CHANGES[change](norm)
+    x = x if norm.weight is None else x.to(norm.weight.dtype)
+    settings = {name: getattr(norm, name) for name in ("eps", "p", "weight_offset", "casting")}
+    expected = functional.rms_norm(x, norm.weight, norm.bias, **settings)
+    assert torch.equal(norm(x), expected)
+    assert norm(x).requires_grad == (change != "frozen")
+    if change != "frozen":
+        assert not torch.equal(norm(x), before)
+
+
+def test_hooks_of_a_module_run() -> None:
+    norm, x = randomised(RMSNorm(24)), torch.randn(1, 24)
+    expected = 2 * norm(3 * x)
+    norm.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    norm.register_forward_hook(lambda module, args, output: 2 * output)
+    assert torch.equal(norm(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "x"),
+    [
+        (ValueError, r"weight must have shape \(7,\), the last", torch.randn(2, 7)),
+        (TypeError, "x must be float32.*got torch.int64", torch.ones(2, 24).long()),
+        (TypeError, "x must be a tensor, got list", [1.0] * 24),
+        (ValueError, "at least one dimension", torch.tensor(1.0)),
+        (ValueError, "weight is on cpu but x is on meta", torch.randn(2, 24, device="meta")),
+    ],
+)
+def test_bad_input_says_what_was_found(error: type[Exception], says: str, x) -> None:
+    with pytest.raises(error, match=says):
+        RMSNorm(24)(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("eps", -1.0, "eps must be >= 0, got -1.0"),
+        ("p", 1.5, r"p must be in \(0, 1\], got 1.5"),
+        ("casting", "float", "casting must be .* got 'float'"),
+    ],
+)
+def test_bad_settings_are_found_at_the_next_call(name: str, value, says: str) -> None:
+    norm = RMSNorm(24)
+    norm(torch.randn(1, 24))
+    setattr(norm, name, value)
+    with pytest.raises(ValueError, match=says):
+        norm(torch.randn(1, 24))
 
 
 @pytest.mark.parametrize("arguments", [{"p": 0.0}, {"p": -0.1}, {"p": 1.5}, {"p": float("nan")}])

@@ -33,9 +33,12 @@ using BackwardKernel = void(const void* dy, const void* dsummed, const void* x, 
                             ptrdiff_t dsummed_stride, ptrdiff_t x_stride, double offset, int llama,
                             ptrdiff_t blocks, int threads);
 
+using WidenKernel = void(const void* from, void* to, ptrdiff_t n);
+
 struct Kernels {
   ForwardKernel* forward = nullptr;
   BackwardKernel* backward = nullptr;
+  WidenKernel* widen = nullptr;  // from x's dtype to the one that is computed in
 };
 
 constexpr size_t kTypes = static_cast<size_t>(ScalarType::NumOptions);
@@ -81,13 +84,19 @@ int64_t row_stride(const Tensor& x) {
 const void* read(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-Tensor parameter(const Tensor& t, ScalarType type) {
-  if (!t.defined() || (t.scalar_type() == type && t.is_contiguous())) return t;
-  return t.to(type).contiguous();
-}
-
 Tensor empty(at::IntArrayRef sizes, ScalarType type) {
   return Tensor(at::detail::empty_cpu(sizes, type));
+}
+
+/* A weight, a bias or the gradient of one, contiguous. */
+Tensor vector(const Tensor& t, ScalarType type) {
+  if (!t.defined() || (t.scalar_type() == type && t.is_contiguous())) return t;
+  const auto widen = kernels_for(t.scalar_type(), type).widen;
+  if (!widen || type != compute_type(t.scalar_type()) || !t.is_contiguous())
+    return t.to(type).contiguous();
+  const Tensor wide = empty(t.sizes(), type);
+  widen(read(t), write(wide), t.numel());
+  return wide;
 }
 
 struct Result {
@@ -101,7 +110,7 @@ Result run_forward(const Tensor& x, const Tensor& residual, const Tensor& weight
   const ScalarType compute = compute_type(x.scalar_type());
   const int64_t hidden = x.size(-1), n_rows = x.numel() / hidden;
   const Tensor rows = rows_of(x), other = rows_of(residual);
-  const Tensor w = parameter(weight, compute), b = parameter(bias, compute);
+  const Tensor w = vector(weight, compute), b = vector(bias, compute);
   Result result;
   result.y = empty(x.sizes(), out);
   if (residual.defined()) result.summed = empty(x.sizes(), x.scalar_type());
@@ -125,7 +134,7 @@ Gradients run_backward(const Tensor& dy, const Tensor& dsummed, const Tensor& x,
   const ScalarType compute = rstd.scalar_type();
   const int64_t hidden = x.size(-1), n_rows = x.numel() / hidden;
   const Tensor x_rows = rows_of(x), dy_rows = rows_of(dy), ds_rows = rows_of(dsummed);
-  const Tensor w = parameter(weight, compute);
+  const Tensor w = vector(weight, compute);
   const int64_t blocks = std::min(max_blocks, (n_rows + block_rows - 1) / block_rows);
   Gradients d{empty(x.sizes(), x.scalar_type()), {}, {}};
   Tensor weight_partials, bias_partials;
@@ -140,8 +149,8 @@ Gradients run_backward(const Tensor& dy, const Tensor& dsummed, const Tensor& x,
                 write(d.weight), write(d.bias), write(weight_partials), write(bias_partials),
                 n_rows, hidden, f.k, row_stride(dy_rows), row_stride(ds_rows), row_stride(x_rows),
                 f.offset, f.llama, blocks, threads_for(x.numel()));
-  if (weight_grad) d.weight = parameter(d.weight, weight.scalar_type());
-  if (bias_grad) d.bias = parameter(d.bias, *bias_grad);
+  if (weight_grad) d.weight = vector(d.weight, weight.scalar_type());
+  if (bias_grad) d.bias = vector(d.bias, *bias_grad);
   return d;
 }
 
@@ -267,10 +276,10 @@ bool take(PyObject* given, Tensor& t) {
   return is_plain(t) && is_float(t.scalar_type()) && !t._fw_grad(0).defined();
 }
 
-bool fits(const Tensor& vector, const Tensor& x) {
-  return !vector.defined() ||
-         (vector.dim() == 1 && vector.size(0) == x.size(-1) &&
-          (vector.scalar_type() != ScalarType::Double || x.scalar_type() == ScalarType::Double));
+bool fits(const Tensor& t, const Tensor& x) {
+  return !t.defined() ||
+         (t.dim() == 1 && t.size(0) == x.size(-1) &&
+          (t.scalar_type() != ScalarType::Double || x.scalar_type() == ScalarType::Double));
 }
 
 /* normalise(x, residual, weight, bias, make_formula, *settings): y, or (y, summed) with a residual;
@@ -329,9 +338,11 @@ PYBIND11_MODULE(cpu_autograd, m) {
     block_rows = rows;
     python_backward = backward.release().ptr();
   });
-  m.def("add_kernels", [](ScalarType x, ScalarType out, uintptr_t forward, uintptr_t backward) {
+  m.def("add_kernels", [](ScalarType x, ScalarType out, uintptr_t forward, uintptr_t backward,
+                          uintptr_t widen) {
     kernels_for(x, out) = {reinterpret_cast<ForwardKernel*>(forward),
-                           reinterpret_cast<BackwardKernel*>(backward)};
+                           reinterpret_cast<BackwardKernel*>(backward),
+                           reinterpret_cast<WidenKernel*>(widen)};
   });
   m.attr("normalise") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&normalise_method, nullptr));

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _ABANDONED_SECONDS = 600
 
-# Why calls still go through Python; the last one counts.
-_reasons = ["no call needed the C++ part yet"]
+# Why calls went through Python so far; the last one counts.
+_reasons: list[str] = []
 
 
 @functools.cache
@@ -60,10 +60,9 @@ def finish() -> bool:
 
 
 def status() -> str:
-    """How calls on the CPU go now, in words."""
-    if _in_use():
-        return "through C++"
-    return f"through Python: {_reasons[-1]}"
+    """How calls on the CPU go now, in words; has the C++ part built if it is not."""
+    start()
+    return "through C++" if _in_use() else f"through Python: {_reasons[-1]}"
 
 
 def _in_use() -> bool:
@@ -185,7 +184,8 @@ def _load(target: Path) -> None:
     )
     kernels, dtypes = cpu_build.library(), {name: t for t, name in cpu_backend.NAMES.items()}
     for pair in cpu_build.PAIRS:
-        found = [getattr(kernels, f"{way}_{pair}", None) for way in ("forward", "backward")]
+        names = [f"{way}_{pair}" for way in ("forward", "backward", "widen")]
+        found = [getattr(kernels, name, None) for name in names]
         addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in found if f is not None]
         if addresses:  # no float16 from older compilers
             module.add_kernels(*(dtypes[name] for name in pair.split("_")), *addresses)

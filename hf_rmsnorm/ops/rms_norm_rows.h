@@ -57,6 +57,13 @@ INLINE void FN(put_c_)(C *p, VEC v, ptrdiff_t n) {
     memcpy(p, &v, n * sizeof(C));
 }
 
+/* For weights and biases. */
+void FN(widen_)(const T *from, C *to, ptrdiff_t n) {
+  ptrdiff_t j = 0;
+  for (; j + LANES <= n; j += LANES) FN(put_c_)(to + j, FN(get_)(from + j, LANES), LANES);
+  if (j < n) FN(put_c_)(to + j, FN(get_)(from + j, n - j), n - j);
+}
+
 INLINE VEC FN(rounded_)(VEC v) {
 #ifdef ROUNDS
   T narrow[sizeof(VEC) / sizeof(C)];

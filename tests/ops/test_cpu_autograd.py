@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -246,7 +247,8 @@ x = torch.randn(3, 8, requires_grad=True)
 names = [functional.rms_norm(x).grad_fn.name()]
 print(cpu_autograd.finish())
 names.append(functional.rms_norm(x).grad_fn.name())
-print(*names)
+for line in (*names, cpu_autograd.status()):
+    print(line)
 """
 
 
@@ -260,7 +262,7 @@ def process(cache: Path, **env: str) -> list[str]:
         text=True,
         check=True,
     )
-    return done.stdout.split()
+    return done.stdout.splitlines()
 
 
 @pytest.mark.launch
@@ -270,7 +272,9 @@ def test_a_compiler_that_fails_costs_nothing_but_time(tmp_path: Path) -> None:
     broken.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
     broken.chmod(0o755)
     cache = tmp_path / "cache"
-    assert process(cache, CXX=str(broken)) == ["False", *["RMSNormFunctionBackward"] * 2]
+    *names, status = process(cache, CXX=str(broken))
+    assert names == ["False", *["RMSNormFunctionBackward"] * 2]
+    assert status == f"through Python: {broken} failed: it is broken"
     (kept,) = cache.iterdir()
     assert kept.name.startswith("rms_norm-")
 
@@ -280,12 +284,26 @@ def test_what_is_in_the_cache_is_used_from_the_second_call(tmp_path: Path) -> No
     target = cpu_autograd._target()
     for built in (target, *cpu_build.cache_dir().glob("rms_norm-*.so")):
         (tmp_path / built.name).symlink_to(built)
-    assert process(tmp_path) == ["True", "RMSNormFunctionBackward", "RMSNormBackward"]
+    *names, status = process(tmp_path)
+    assert names == ["True", "RMSNormFunctionBackward", "RMSNormBackward"]
+    assert status == "through C++"
     damaged = tmp_path / target.name
     damaged.unlink()
     damaged.write_bytes(b"damaged")
-    assert process(tmp_path) == ["False", *["RMSNormFunctionBackward"] * 2]
+    *names, status = process(tmp_path)
+    assert names == ["False", *["RMSNormFunctionBackward"] * 2]
+    assert status.startswith(f"through Python: {damaged} cannot be used: ")
     assert not damaged.exists()
+
+
+@pytest.mark.launch
+def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
+    for built in cpu_build.cache_dir().glob("rms_norm-*.so"):
+        (tmp_path / built.name).symlink_to(built)
+    c_compiler = next(filter(None, map(shutil.which, cpu_build._compilers())))
+    *names, status = process(tmp_path, PATH=str(tmp_path), CXX="", CC=c_compiler)
+    assert names == ["False", *["RMSNormFunctionBackward"] * 2]
+    assert status.startswith("through Python: no C++ compiler") and "set CXX" in status
 
 
 def test_a_lock_is_held_by_one_and_not_for_ever(tmp_path: Path) -> None:
