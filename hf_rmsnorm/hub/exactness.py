@@ -49,6 +49,7 @@ class Evidence:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "versions": {}}  # a copy has its own parameters
 
+    @torch.no_grad()
     def holds(self, model: nn.Module, state_dict: Mapping[str, Any] | None) -> bool:
         """Whether the weights to save, `state_dict` or the model's own, are still those."""
         parameters = dict(model.named_parameters())
@@ -73,19 +74,21 @@ class Evidence:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor.data) is Tensor and tensor.is_floating_point() and not tensor.is_meta
+    plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor.data) is Tensor
+    return plain and tensor.is_floating_point() and not tensor.is_meta
 
 
+@torch.no_grad()
 def _sample(tensor: Tensor) -> Tensor:
     return _entries(tensor).to("cpu", copy=True)
 
 
 def _entries(tensor: Tensor) -> Tensor:
     """All entries of a small tensor, some of a large one."""
-    flat = tensor.detach().reshape(-1)
-    # odd: no common factor with the width of most layers
-    step = flat.numel() // SAMPLE | 1 if flat.numel() > WHOLE else 1
-    return flat[::step]
+    flat, count = tensor.reshape(-1), tensor.numel()
+    if count <= WHOLE:
+        return flat
+    return flat[:: count // SAMPLE | 1]  # odd: no common factor with the width of most layers
 
 
 def off_centre(
