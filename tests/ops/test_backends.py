@@ -269,8 +269,11 @@ def test_roundings_are_where_the_casting_puts_them(backend: Backend, dtype: torc
 
 
 @st.composite
-def inputs(draw: st.DrawFn) -> tuple[list[Tensor | None], dict]:
-    """x, residual, weight and bias of any float dtypes, with any strides and storage offsets."""
+def inputs(draw: st.DrawFn) -> tuple[list[Tensor | None], dict, bool]:
+    """x, residual, weight and bias of any float dtypes, with any strides and storage offsets.
+
+    Also the settings, and whether the cotangents are strided too.
+    """
     torch.manual_seed(draw(st.integers(0, 1000)))
     hidden = draw(st.integers(1, 70))
     shape = (*draw(st.lists(st.integers(0, 4), max_size=3)), hidden)
@@ -281,7 +284,7 @@ def inputs(draw: st.DrawFn) -> tuple[list[Tensor | None], dict]:
         axes = draw(st.permutations(range(len(size))))
         offset = draw(st.integers(0, 3))
         stored = [size[a] * steps[a] for a in axes]
-        t = torch.randn(offset + torch.Size(stored).numel())[offset:].view(stored).to(dtype)
+        t = torch.randn(offset + torch.Size(stored).numel()).to(dtype)[offset:].view(stored)
         t = t.permute([axes.index(a) for a in range(len(size))])
         return t[tuple(slice(None, None, step) for step in steps)]
 
@@ -300,7 +303,7 @@ def inputs(draw: st.DrawFn) -> tuple[list[Tensor | None], dict]:
         "weight_offset": draw(st.sampled_from([0.0, 1.0, -0.37])),
         "casting": draw(st.sampled_from(["gemma", "llama"])),
     }
-    return tensors, settings
+    return tensors, settings, draw(st.booleans())
 
 
 @hypothesis.settings(
@@ -313,7 +316,7 @@ def inputs(draw: st.DrawFn) -> tuple[list[Tensor | None], dict]:
 )
 @hypothesis.given(case=inputs())
 def test_any_strides_and_dtypes(backend: Backend, case: tuple) -> None:
-    tensors, settings = case
+    tensors, settings, strided = case
     tensors = [None if t is None else t.to(backend.device) for t in tensors]
     with_residual = tensors[1] is not None
 
@@ -332,6 +335,8 @@ def test_any_strides_and_dtypes(backend: Backend, case: tuple) -> None:
         outputs = ours(*tensors)
     outputs = outputs if with_residual else (outputs,)
     cotangents = [torch.randn_like(o) for o in outputs]
+    if strided and outputs[0].dim() > 1:
+        cotangents = [strided_copy(c) for c in cotangents]
     got = run(ours, tensors, cotangents)
     expected = run(truth, tensors, cotangents, torch.float64)
     coarsest = max(torch.finfo(t.dtype).eps for t in (*tensors, *outputs) if t is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from norm_truth import eager_norm, run
 from test_backends import VARIANTS, Backend, Variant, check
 
 from hf_rmsnorm import functional, ops
-from hf_rmsnorm.ops import reference, triton_backend
+from hf_rmsnorm.ops import reference, triton_backend, triton_tiles
 from hf_rmsnorm.ops.triton_layout import Limits, Tile, backward_limits, forward_limits, row_tile
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +100,76 @@ def test_programs_take_turns_over_the_rows(
     """More rows than programs, fewer, and neither a multiple of the rows of a tile."""
     monkeypatch.setattr(triton_backend, "processors", lambda device: 3)
     check(backend, (rows, 256), torch.float32, Variant(casting="llama", p="0.3"))
+
+
+# rows side by side, one of three tiles, and one of two parts
+@pytest.mark.parametrize(("hidden", "wide"), [(40, False), (96, False), (700, False), (128, True)])
+def test_a_row_does_not_depend_on_its_batch(
+    request: pytest.FixtureRequest, launches: list[str], hidden: int, wide: bool
+) -> None:
+    if wide:
+        request.getfixturevalue("wide_rows")
+    x, residual, *cotangents = torch.randn(4, 19, hidden, device=DEVICE).bfloat16()
+    weight, bias = torch.randn(2, hidden, device=DEVICE).bfloat16()
+
+    def results(rows: slice) -> list[torch.Tensor]:
+        inputs = [x[rows], residual[rows], weight, bias]
+        norm = functools.partial(functional.add_rms_norm, p=0.4)
+        return run(norm, inputs, [c[rows] for c in cotangents])
+
+    whole = results(slice(None))
+    for rows in (slice(0, 1), slice(5, 19)):
+        for name, got, all_rows in zip(("y", "sum", "dx"), results(rows), whole, strict=False):
+            assert torch.equal(got, all_rows[rows]), (name, rows)
+    assert all(torch.equal(a, b) for a, b in zip(whole, results(slice(None)), strict=True))
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 64, 96, 768, 4096, 5120, 12288, 16384, 50257, 131072])
+def test_the_number_of_rows_chooses_nothing(monkeypatch: pytest.MonkeyPatch, hidden: int) -> None:
+    """All row counts share their kernels: no result depends on it, and nothing compiles anew."""
+    found: dict[int, list] = {}
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 132)
+    monkeypatch.setattr(triton_backend, "shared_memory", lambda device: 228 * 1024)
+    for rows in (1, 2, 33, 4096, 10**6):
+        found[rows] = []
+        monkeypatch.setattr(
+            triton_backend,
+            "launch",
+            lambda kernel, grid, *args, to=found[rows], **constants: to.append((kernel, constants)),
+        )
+        x = torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
+        formula = reference.Formula(-(-hidden // 3), 1e-5, 0.0, False)
+        y, summed, rstd = triton_backend.forward(x, x, x[0], x[0], formula, save_rstd=True)
+        triton_backend.backward(
+            *(y, y, summed, x[0], rstd, formula),
+            weight_grad=True,
+            bias_grad=torch.bfloat16,
+        )
+    assert len(found[1]) >= 3
+    assert all(launched == found[1] for launched in found.values())
+    for kernel, _ in found[1]:
+        assert not hasattr(kernel, "configs"), "tuned at run time"
+
+
+@triton.jit
+def count_rows(p_rows, p_mask, p_zero, block, n_rows, BM: tl.constexpr):
+    rows, m_rows = triton_tiles.select_rows(block, n_rows, BM)
+    tl.store(p_rows + tl.arange(0, BM), rows)
+    tl.store(p_mask + tl.arange(0, BM), m_rows.to(tl.int8))
+    tl.store(p_zero + tl.arange(0, 1)[:, None], triton_tiles.zero_bits(n_rows))
+
+
+@pytest.mark.parametrize("n_rows", [5, 2**31 - 1, 2**31, 2**33 + 5])
+def test_rows_beyond_2_31(n_rows: int) -> None:
+    block = (n_rows - 1) // 128
+    rows = torch.empty(128, dtype=torch.int64, device=DEVICE)
+    mask = torch.empty(128, dtype=torch.int8, device=DEVICE)
+    zero = torch.empty(1, dtype=torch.int16, device=DEVICE)
+    count_rows[(1,)](rows, mask, zero, block, n_rows, BM=128)
+    expected = torch.arange(128, device=DEVICE) + block * 128
+    assert torch.equal(rows, expected)
+    assert torch.equal(mask.bool(), expected < n_rows)
+    assert zero.item() == 0
 
 
 def test_no_rows() -> None:
