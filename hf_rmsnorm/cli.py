@@ -25,6 +25,7 @@ from .planning import NORMS, POST_NORMS, STRATEGIES, plan_patch, resolve_inputs
 from .probing import relative_change, run_outputs
 
 PLAN_FILE = "hf_rmsnorm_plan.json"
+PROCESSORS = ("*token*", "*processor*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,6 +178,9 @@ def _copy_processor(source: str, target: Path) -> None:
     """Tokenizer or processor files, where the source has them."""
     from transformers import AutoProcessor, AutoTokenizer
 
+    folder = Path(source)
+    if folder.is_dir() and not any(path for glob in PROCESSORS for path in folder.glob(glob)):
+        return  # from the model's type alone, transformers would make up an empty one
     for auto in (AutoProcessor, AutoTokenizer):
         with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
             auto.from_pretrained(source).save_pretrained(target)

@@ -62,6 +62,20 @@ def test_patch_then_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str])
     assert "OVER" in capsys.readouterr().out
 
 
+def test_a_tokenizer_is_copied_and_none_made_up(checkpoint: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    out = checkpoint.parent / "patched"
+    assert main(["patch", str(checkpoint), str(out), "--strategy", "direct"]) == 0
+    assert not [path.name for path in out.iterdir() if "token" in path.name]
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(53)}, unk_token="w0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    tokenizer.save_pretrained(checkpoint)
+    assert main(["patch", str(checkpoint), str(out), "--overwrite"]) == 0
+    again = transformers.AutoTokenizer.from_pretrained(out)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
 def test_errors_have_status_two_and_leave_folders_alone(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
