@@ -19,8 +19,7 @@ from .records import RECORD
 
 ALONE = (
     ". Weights alone, as accelerator.save_model writes them, do not say what they are of: save "
-    "with unwrap_model(model).save_pretrained, or build and patch the model as it was and call "
-    "accelerate's load_checkpoint_in_model"
+    "with unwrap_model(model).save_pretrained, or call model.config.save_pretrained, too"
 )
 _WEIGHTS = re.compile(
     r"(?:model|pytorch_model)(?P<variant>\.[^.]+?)?(?:-\d{5}-of-\d{5})?"

@@ -245,8 +245,14 @@ def test_saved_by_accelerate(
 
         # weights alone, for a model that is built some other way
         accelerator.save_model(inner, tmp_path / "weights")
-        with pytest.raises(PatchError, match=r"config\.json. Weights alone.*load_check"):
+        with pytest.raises(PatchError, match=r"config\.json. Weights alone.*model\.config\.save"):
             hf_rmsnorm.from_pretrained(tmp_path / "weights")
         other = load(folder).eval()
         load_checkpoint_in_model(other, tmp_path / "weights")
         assert torch.equal(forward(other), expected)
+        inner.config.save_pretrained(tmp_path / "weights")
+        for whole in (hf_rmsnorm.from_pretrained, AutoModelForCausalLM.from_pretrained):
+            again = whole(tmp_path / "weights").eval()
+            assert_patched(again, format)
+            assert torch.equal(forward(again), expected)
+        (tmp_path / "weights" / "config.json").unlink()
