@@ -54,8 +54,7 @@ class Changes:
         tensor = get_tensor(model, name)
         if name not in self.tensors:
             self.tensors[name] = tensor.detach().to("cpu", copy=True)
-        with torch.no_grad():
-            tensor.copy_(value)
+        _overwrite(tensor, value)
         self.written[name] = _fingerprint(tensor)
 
     def extend(self, model: nn.Module, name: str, axis: int) -> None:
@@ -74,9 +73,8 @@ class Changes:
         ]
 
     def undo(self, model: nn.Module) -> None:
-        with torch.no_grad():
-            for name, original in self.tensors.items():
-                get_tensor(model, name).copy_(original)
+        for name, original in self.tensors.items():
+            _overwrite(get_tensor(model, name), original)
         for change in reversed(self.modules):
             module = model.get_submodule(change.name)
             module.__class__ = change.original_class
@@ -99,8 +97,16 @@ class Changes:
         self.written.clear()
 
 
+def _overwrite(tensor: Tensor, value: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)
+
+
 def _fingerprint(tensor: Tensor) -> bytes:
-    data = tensor.detach().to("cpu").contiguous()
+    data = tensor.detach()
+    if type(data) is not Tensor or data.is_meta:  # sharded, quantised or offloaded: no memory here
+        return b""
+    data = data.to("cpu").contiguous()
     size = data.numel() * data.element_size()
     return hashlib.blake2b((ctypes.c_char * size).from_address(data.data_ptr())).digest()
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from .applying import add_centers, fold_weights, swap_norms
@@ -134,9 +135,10 @@ def patch_model(
         autocast_output=autocast_output,
     )
     measured = None
-    if verify and plan.precision:
-        measured = verify_plan(target, plan, resolve_inputs(target, inputs), apply_plan)
-    apply_plan(target, plan, measured)
+    with torch.inference_mode(False):
+        if verify and plan.precision:
+            measured = verify_plan(target, plan, resolve_inputs(target, inputs), apply_plan)
+        apply_plan(target, plan, measured)
     approximate = plan.count("approximate")
     if strategy == "auto" and approximate:
         moved = f" (outputs moved by {measured.change:.1e})" if measured else ""
@@ -213,8 +215,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 def _require_untrained(model: nn.Module, record: _Record) -> None:
     if touched := record.changes.touched_since(model):
         raise PatchError(
-            f"{touched[0]} was folded by the patch and has changed since (trained, or cast): its "
-            "original values would throw that away, so the patch stays"
+            f"{touched[0]} was folded by the patch and has changed since (trained, cast, sharded, "
+            "quantised or offloaded): its original values would throw that away, so the patch stays"
         )
 
 

@@ -100,7 +100,8 @@ class PatchPlan:
             blocks = dict.fromkeys(layer_pattern(widen.up) for widen in self.widens)
             lines.append("one more hidden unit (intermediate size + 1): " + ", ".join(blocks))
         for center in self.centers:
-            lines.append(f"one mean subtraction at {center}, for {len(center.serves)} norms")
+            served = f", for {len(center.serves)} norms" if center.serves else ""
+            lines.append(f"one mean subtraction at {center}{served}")
         if self.assumed:
             lines.append(
                 "never reached by the probe, treated like their siblings: "

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .autocast import AUTOCAST_OUTPUTS, direct_sites
@@ -28,6 +29,7 @@ DEFAULT_P = 0.0625  # the paper's
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 
+@torch.inference_mode(False)  # probing needs gradients
 def plan_patch(
     model: nn.Module,
     norm: str = "rmsnorm",
@@ -152,7 +154,12 @@ def select(
 
     def matches(patterns: str | Sequence[str], argument: str) -> set[str]:
         hit: set[str] = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, Collection) or not all(isinstance(x, str) for x in patterns):
+            raise PatchError(
+                f"{argument} must be a glob pattern or a list of them, got {patterns!r}"
+            )
+        for pattern in patterns:
             names = {n for n in found if fnmatch.fnmatchcase(clean_name(n), pattern)}
             if not names:
                 some = ", ".join(repr(clean_name(n)) for n in itertools.islice(found, 3))
@@ -256,13 +263,17 @@ def resolve_inputs(model: nn.Module, inputs: Inputs) -> list[Mapping[str, Any]]:
     """The user's inputs as a list, or made ones."""
     if inputs is None:
         return list(make_inputs(model))
-    found = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-    if not found or not all(isinstance(kwargs, Mapping) for kwargs in found):
+    found = [inputs] if isinstance(inputs, Mapping) else inputs
+    if (
+        not isinstance(found, Sequence)
+        or not found
+        or not all(isinstance(kwargs, Mapping) for kwargs in found)
+    ):
         raise PatchError(
             "inputs must be a dict of the forward's keyword arguments, or a non-empty list of "
             f"such dicts; got {type(inputs).__name__}"
         )
-    return found
+    return list(found)
 
 
 def require_plain_weights(model: nn.Module) -> None:

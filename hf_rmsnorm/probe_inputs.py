@@ -249,7 +249,8 @@ def make_inputs(
     found = []
     for i, (batch, length) in enumerate(shapes):
         maker = _Maker(model, batch, length, seed + i)
-        inputs = maker.make()
+        with torch.device("cpu"):  # whatever the caller's default is
+            inputs = maker.make()
         if not inputs:
             raise PatchError(_message(model, "its forward takes none of the usual inputs"))
         missing = [

@@ -6,13 +6,18 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hf_rmsnorm import (
     PartialRMSNorm,
@@ -242,6 +247,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"include": "*.nothing"}, r"include pattern '\*.nothing' matches no norm site; there are 5"),
     ({"exclude": ["*ln_1", "h.9*"]}, r"exclude pattern 'h.9\*' matches no norm site"),
     ({"include": "*ln_1", "exclude": "*ln*"}, "none of the 5 norm sites can be patched"),
+    ({"include": 3}, "include must be a glob pattern or a list of them, got 3"),
+    ({"exclude": ["*ln_1", None]}, "exclude must be a glob pattern or a list of them"),
+    ({"inputs": 3}, "inputs must be a dict of the forward's keyword arguments, .* got int"),
 ]
 
 
@@ -332,6 +340,13 @@ def test_the_plan_is_data() -> None:
     for text in ("{", "[]", '{"version": 1}', '{"version": 99}'):
         with pytest.raises(PatchError, match="plan"):
             PatchPlan.from_json(text)
+
+
+def test_a_center_that_does_not_say_whom_it_serves_is_not_said_to_serve_none() -> None:
+    plan = plan_patch(MODELS["gpt2"]())
+    assert "at the output of transformer.wte, for 5 norms" in str(plan)
+    unknown = replace(plan, centers=tuple(replace(c, serves=()) for c in plan.centers))
+    assert "at the output of transformer.wte\n" in str(unknown)
 
 
 def test_copies_and_pickles_stay_patched_and_can_be_unpatched() -> None:
@@ -503,6 +518,56 @@ def test_adapters_before_and_after(first: str) -> None:
         torch.testing.assert_close(
             forward(model), forward(patch_model(MODELS["gpt2"](), strategy="direct"))
         )
+
+
+def test_the_callers_modes_do_not_matter() -> None:
+    wanted = plan_patch(MODELS["gpt2"]())
+    assert wanted.count("exact") == 5
+    under_inference, under_autocast, elsewhere = (MODELS["gpt2"]() for _ in range(3))
+    with torch.inference_mode():
+        patch_model(under_inference)
+    with torch.autocast("cpu", torch.bfloat16):
+        patch_model(under_autocast)
+    with torch.device("meta"):  # stands for an accelerator as the default device
+        patch_model(elsewhere)
+    before = MODELS["gpt2"]()(**TOKENS).logits
+    for model in (under_inference, under_autocast, elsewhere):
+        assert patch_report(model).sites == wanted.sites
+        assert (model(**TOKENS).logits - before).abs().max() < 1e-4
+    model = unpatch_model(under_inference)
+    assert torch.equal(model(**TOKENS).logits, before)
+
+
+def test_weights_that_went_elsewhere_are_not_put_back(tmp_path: Path) -> None:
+    """Their memory is not there to be compared: reading it would end the process."""
+    inputs = {"input": torch.randn(3, 6)}
+    gone = patch_model(nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), inputs=inputs).to("meta")
+    with pytest.raises(PatchError, match=r"0.bias was folded .* sharded, quantised or offloaded"):
+        unpatch_model(gone)
+    sharded = patch_model(nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), inputs=inputs)
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(PatchError, match=r"0.bias was folded .* sharded"):
+            unpatch_model(sharded)
+        assert patch_report(sharded).sites[0].verdict == "exact"
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_packed_weights_stay_as_they_are() -> None:
+    x = torch.randn(3, 6)
+
+    def packed() -> nn.Module:
+        torch.manual_seed(2)
+        net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(6, 6), nn.LayerNorm(6))))
+        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+
+    with pytest.raises(PatchError, match="none of the 3 norm sites can be exact"):
+        patch_model(packed(), strategy="exact", inputs={"input": x})
+    sites = patch_report(patch_model(packed(), inputs={"input": x})).sites
+    assert [site.verdict for site in sites] == ["approximate"] * 3
 
 
 def test_sharded_models_are_refused() -> None:

@@ -36,7 +36,7 @@ def shifted(leaves: Mapping[str, Tensor], folds: Iterable[Fold], scale: float) -
         view = fold.view(values.get(fold.parameter, leaf))
         shape = list(view.shape)
         shape[fold.axis + 1] = 1
-        shift = torch.randn(shape, generator=generator, dtype=torch.float32).to(leaf)
+        shift = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(leaf)
         mask = fold.mask(leaf)
         shift *= scale * spread(leaf) if mask is None else scale * spread(leaf) * mask
         values[fold.parameter] = (view + shift).reshape(leaf.shape)
@@ -77,7 +77,9 @@ def unseen_folds(bench: Bench, dead: Iterable[str]) -> list[Fold]:
         noisy = {}
         for name in group:
             x = leaves[name]
-            noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+            noise = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float32).to(
+                x
+            )
             noisy[name] = x + noise * spread(x)
         with bench.replaced(noisy):
             return bench.change() == 0

@@ -138,7 +138,9 @@ def random_shifts(bench: Bench, group: Sequence[Absorb], scale: float) -> dict[A
     """A shift for each, no two alike, `scale` times the spread of its bias."""
     leaves = bench.leaves()
     generator = torch.Generator().manual_seed(7)
-    sizes = (torch.rand(len(group), generator=generator, dtype=torch.float64) + 0.5).tolist()
+    sizes = (
+        torch.rand(len(group), generator=generator, device="cpu", dtype=torch.float64) + 0.5
+    ).tolist()
     return {
         absorb: scale * size * spread(leaves[absorb.bias])
         for absorb, size in zip(group, sizes, strict=True)

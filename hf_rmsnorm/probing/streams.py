@@ -98,7 +98,7 @@ def centered(bench: Bench, centers: Sequence[Center], shift: float = 0.0) -> Ite
             return x
         y = subtract_mean(x, axis)
         if shift:
-            noise = torch.randn(y.narrow(axis, 0, 1).shape, generator=generator).to(y)
+            noise = torch.randn(y.narrow(axis, 0, 1).shape, generator=generator, device="cpu").to(y)
             y = y + noise * (shift * spread(x))
         return y
 
@@ -131,7 +131,9 @@ def admissible(bench: Bench, chosen: Sequence[Center]) -> tuple[set[str], list[t
         if rms := x.detach().square().mean().sqrt().item():
             record.mean = max(record.mean, x.detach().mean(-1).abs().max().item() / rms)
 
-        def collect(grad: Tensor) -> None:
+        def collect(grad: Tensor | None) -> None:
+            if grad is None:  # no gradient passes here: packed weights
+                return
             if norm := grad.norm().item() * grad.shape[-1] ** 0.5:
                 record.ratios.append(grad.sum(-1).norm().item() / norm)
 

@@ -31,7 +31,7 @@ Sketches = dict[tuple[str, int], Tensor]
 def ratios(sketch: Tensor, size: int, inner: int = 1, weights: Tensor | None = None) -> Tensor:
     r"""$\lVert \sum_j w_j g_j \rVert / (\lVert w \rVert \lVert g \rVert)$ of a sketched gradient,
     per `(outer, inner)` block; inf where a block has no gradient."""
-    w = torch.ones(size) if weights is None else weights.flatten()
+    w = torch.ones(size, device="cpu") if weights is None else weights.flatten()
     blocks, w = sketch.reshape(-1, size, inner, PROBES), w.to(sketch)
     total = torch.einsum("osip,s->oip", blocks, w).norm(dim=-1)
     power = blocks.norm(dim=(1, 3)) * w.norm()
@@ -53,7 +53,7 @@ def cotangent(tensors: Iterable[Tensor], generator: torch.Generator) -> Tensor |
         if x.requires_grad and x.numel():
             finite = torch.where(x.isfinite(), x, 0.0)
             unit = finite.detach().square().mean().sqrt().clamp(min=1e-300)
-            r = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            r = torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float64).to(x)
             terms.append((finite / unit * r).sum())
     return torch.stack(terms).sum() if terms else None
 
@@ -83,7 +83,9 @@ def _reduced(leaves: Mapping[str, Tensor], sizes: list[int], sink: Sketches) -> 
         for axis, length in enumerate(leaf.shape):
             if grad is not None and any(block_views(length, sizes)):
                 slices = grad.movedim(axis, 0).reshape(length, -1)
-                noise = torch.randn(slices.shape[1], PROBES, generator=generator).to(slices)
+                noise = torch.randn(slices.shape[1], PROBES, generator=generator, device="cpu").to(
+                    slices
+                )
                 sink[name, axis] = (slices @ noise).cpu()
 
     handles = [

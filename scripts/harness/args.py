@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
@@ -138,6 +139,9 @@ class TrainArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ScriptError(f"--{name} is {value}; it must be at least 1")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_warmup_steps"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ScriptError(f"--{name} is {value}; it must be a number of at least 0")
 
 
 def parse(

@@ -162,6 +162,8 @@ REFUSALS = {
     "unknown override": Refusal("n_layerz", "--config_overrides n_layerz=1", start="scratch"),
     "odd interval": Refusal("--checkpointing_steps often", "--checkpointing_steps often"),
     "no steps": Refusal("must be at least 1", "--max_train_steps 0"),
+    "negative rate": Refusal("--learning_rate is -1.0; it must be", "--learning_rate -1"),
+    "negative warm-up": Refusal("--num_warmup_steps is -2; it must be", "--num_warmup_steps -2"),
     "no such tracker": Refusal("is not installed", "--with_tracking --report_to aim"),
     "unknown flag": Refusal("unrecognized arguments", "--norms rmsnorm"),
 }
