@@ -4,10 +4,10 @@
 
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -175,56 +175,75 @@ Gradients reference_backward(const Tensor& dy, const Tensor& dsummed, const Tens
   return {sum, w.value_or(Tensor()), b.value_or(Tensor())};
 }
 
-/* Its next edges are x, residual, weight and bias, there or not. */
-struct NormBackward : Node {
+/* Of x, residual, weight and bias; `saved` is what was normalised, weight and rstd. */
+variable_list gradients(const variable_list& grads, const std::array<Tensor, 3>& saved,
+                        const Formula& f, bool weight_grad, std::optional<ScalarType> bias_grad) {
+  const Tensor &dy = grads[0], dsummed = grads.size() > 1 ? grads[1] : Tensor();
+  if (!dy.defined()) return {dsummed, dsummed, Tensor(), Tensor()};
+  const auto& [x, weight, rstd] = saved;
+  const bool plain = is_plain(dy) && is_plain(dsummed) && is_plain(x) && is_plain(weight);
+  const Gradients d =
+      plain && !at::GradMode::is_enabled()
+          ? run_backward(dy, dsummed, x, weight, rstd, f, weight_grad, bias_grad)
+          : reference_backward(dy, dsummed, x, weight, f, weight_grad, bias_grad);
+  return {d.sum, grads.size() > 1 ? d.sum : Tensor(), d.weight, d.bias};
+}
+
+/* The form in which compiled autograd knows custom functions; nothing else asks for it. */
+struct Norm : torch::autograd::Function<Norm> {
+  static variable_list forward(torch::autograd::AutogradContext*) { return {}; }
+  static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto& fields = ctx->saved_data.at("formula").toTupleRef().elements();
+    const Formula f{fields[0].toInt(), fields[1].toDouble(), fields[2].toDouble(),
+                    fields[3].toBool()};
+    const bool bias_grad = ctx->needs_input_grad(3);
+    return gradients(grads, {saved[0], saved[1], saved[2]}, f, ctx->needs_input_grad(2),
+                     bias_grad ? std::optional(fields[4].toScalarType()) : std::nullopt);
+  }
+};
+
+/* What Norm::apply makes, in a fraction of the time. Its next edges are x, residual, weight and
+ * bias, there or not. */
+struct NormBackward : torch::autograd::CppNode<Norm> {
   Formula f;
-  bool has_residual;
   ScalarType bias_type;
   SavedVariable x, weight, rstd;  // x is what was normalised: an output where a residual was added
 
   std::string name() const override { return "RMSNormBackward"; }
 
+  std::array<Tensor, 3> saved() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return {x.unpack(getptr()), weight.unpack(), rstd.unpack()};
+  }
+
   variable_list apply(variable_list&& grads) override {
-    const Tensor &dy = grads[0], dsummed = has_residual ? grads[1] : Tensor();
-    if (!dy.defined()) return {dsummed, dsummed, Tensor(), Tensor()};
-    Tensor values, w, r;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      values = x.unpack(getptr()), w = weight.unpack(), r = rstd.unpack();
-    }
-    const bool weight_grad = task_should_compute_output(2);
-    const auto bias_grad = task_should_compute_output(3) ? std::optional(bias_type) : std::nullopt;
-    const bool plain = is_plain(dy) && is_plain(dsummed) && is_plain(values) && is_plain(w);
-    const Gradients d =
-        plain && !at::GradMode::is_enabled()
-            ? run_backward(dy, dsummed, values, w, r, f, weight_grad, bias_grad)
-            : reference_backward(dy, dsummed, values, w, f, weight_grad, bias_grad);
-    return {d.sum, has_residual ? d.sum : Tensor(), d.weight, d.bias};
+    return gradients(grads, saved(), f, task_should_compute_output(2),
+                     task_should_compute_output(3) ? std::optional(bias_type) : std::nullopt);
   }
 
   void release_variables() override {
+    CppNode::release_variables();
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&x, &weight, &rstd}) saved->reset_data();
+    for (SavedVariable* variable : {&x, &weight, &rstd}) variable->reset_data();
   }
 
-  /* For compiled autograd: what a graph is made for, and how it is traced. */
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    args.collect(x, has_residual);
-    args.collect(weight, false);
-    args.collect(rstd, false);
-    args.collect(f.k);
-    args.collect(f.eps);
-    args.collect(f.offset);
-    args.collect(f.llama);
-    args.collect(has_residual);
-    args.collect(bias_type);
+    const_cast<NormBackward*>(this)->fill_context();
+    CppNode::compiled_args(args);
   }
-  variable_list apply_with_saved(const variable_list& grads,
-                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (SavedVariable* saved : {&x, &weight, &rstd}) swap.before(*saved);
-    variable_list found = apply(variable_list(grads));
-    for (SavedVariable* saved : {&x, &weight, &rstd}) swap.after(*saved);
-    return found;
+
+  void fill_context() {
+    if (!is_variable_input_.empty()) return;
+    is_variable_input_.assign(num_outputs(), true);
+    output_info_.resize(num_inputs());
+    ctx_.set_materialize_grads(false);
+    ctx_.saved_data["formula"] =
+        c10::ivalue::Tuple::create({f.k, f.eps, f.offset, f.llama, bias_type});
+    const auto tensors = saved();
+    ctx_.save_for_backward({tensors.begin(), tensors.end()});
+    set_ctx_grad_fn(getptr());
+    save_variables_to_ctx();
   }
 };
 
@@ -249,7 +268,6 @@ std::pair<Tensor, Tensor> differentiable(const Tensor& x, const Tensor& residual
     const auto owner = owned(node);
     node->set_next_edges(torch::autograd::collect_next_edges(x, residual, weight, bias));
     node->f = f;
-    node->has_residual = residual.defined();
     node->bias_type = bias.defined() ? bias.scalar_type() : x.scalar_type();
     torch::autograd::set_history(result.y, owner);
     if (residual.defined()) torch::autograd::set_history(result.summed, owner);

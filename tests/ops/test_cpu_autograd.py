@@ -142,6 +142,28 @@ def test_hooks_and_anomalies() -> None:
                 torch.autograd.grad(y, x, torch.full_like(dy, float("nan")))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own, of itself
+def test_compiled_autograd_knows_the_node() -> None:
+    leaves = [torch.randn(s, requires_grad=True) for s in ((4, 6), (4, 6), (6,), (6,))]
+    dy = torch.randn(4, 6)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    for p in (1.0, 0.3):
+        for t in leaves:
+            t.grad = None
+        normed, summed = functional.add_rms_norm(*leaves, p=p)
+        expected = torch.autograd.grad(normed * summed, leaves, dy, retain_graph=True)
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            (normed * summed).backward(dy)
+        for leaf, d in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, d)
+    assert len(graphs) == 2, "p is part of what a graph is made for"
+
+
 def test_threads_share_it() -> None:
     weight = torch.randn(96, requires_grad=True)
     x, dy = torch.randn(2, 8, 700, 96).unbind()
