@@ -74,11 +74,17 @@ def forward(
         clusters = clusters_work(x.device)
     limits = forward_limits(summed.dtype, compute)
     tile = row_tile(hidden, summed.dtype.itemsize, limits, FORWARD_PART if clusters else None)
-    kernel = triton_forward.forward_tile if tile else triton_forward.forward_loop
-    tile = tile or Tile(1, _LOOP_BYTES // compute.itemsize, 1, MOST_WARPS)
+    n_rows, sharing = b_x.shape[0], 1
+    if tile:
+        kernel = triton_forward.forward_tile
+    else:
+        kernel = triton_forward.forward_loop
+        tile = Tile(1, _LOOP_BYTES // compute.itemsize, 1, MOST_WARPS)
+        idle = processors(x.device) // max(1, n_rows)
+        sharing = max(1, min(idle, triton.cdiv(hidden, tile.columns)))
     launch(
         kernel,
-        (triton.cdiv(b_x.shape[0], tile.rows),),
+        (triton.cdiv(n_rows, tile.rows), sharing),
         b_x,
         b_residual,
         _contiguous(weight),
@@ -86,7 +92,7 @@ def forward(
         y,
         None if residual is None else summed,
         rstd,
-        b_x.shape[0],
+        n_rows,
         b_x.stride(0),
         0 if b_residual is None else b_residual.stride(0),
         N=hidden,

@@ -125,7 +125,8 @@ def forward_loop(
 ):
     """Rows wider than the registers: one pass over the statistic's features, one over all.
 
-    So pRMSNorm reads its rows once, but for the share of them that is its statistic.
+    So pRMSNorm reads its rows once, but for the share of them that is its statistic. Programs that
+    share a row each go through the statistic, and then take turns.
     """
     rows, m_rows = select_rows(tl.program_id(0), n_rows, BM)
     b_square = tl.zeros([BM, BN], COMPUTE)
@@ -138,14 +139,15 @@ def forward_loop(
         b_square += b_x * b_x
     b_rstd = tl.rsqrt(tl.sum(b_square, 1) * (1.0 / K) + EPS)
     if p_rstd is not None:
-        tl.store(p_rstd + rows, b_rstd, mask=m_rows)
+        tl.store(p_rstd + rows, b_rstd, mask=m_rows & (tl.program_id(1) == 0))
     for start in range(0, N, BN):
-        cols, mask = select_cols(start, m_rows, N, BN)
-        b_x = _load_summed(
-            p_x, p_residual, p_summed, x_stride, residual_stride, rows, cols, mask, COMPUTE
-        )
-        if p_residual is not None:
-            store(p_summed, b_x, rows, cols, mask, N)
-        b_y = cast(b_x, COMPUTE) * b_rstd[:, None]
-        b_y = _affine(b_y, p_weight, p_bias, cols, N, OFFSET, LLAMA, NARROW, COMPUTE, BM, BN)
-        store(p_y, b_y, rows, cols, mask, N)
+        if (start // BN) % tl.num_programs(1) == tl.program_id(1):
+            cols, mask = select_cols(start, m_rows, N, BN)
+            b_x = _load_summed(
+                p_x, p_residual, p_summed, x_stride, residual_stride, rows, cols, mask, COMPUTE
+            )
+            if p_residual is not None:
+                store(p_summed, b_x, rows, cols, mask, N)
+            b_y = cast(b_x, COMPUTE) * b_rstd[:, None]
+            b_y = _affine(b_y, p_weight, p_bias, cols, N, OFFSET, LLAMA, NARROW, COMPUTE, BM, BN)
+            store(p_y, b_y, rows, cols, mask, N)

@@ -105,8 +105,13 @@ def test_programs_take_turns_over_the_rows(
 # rows side by side, one of three tiles, and one of two parts
 @pytest.mark.parametrize(("hidden", "wide"), [(40, False), (96, False), (700, False), (128, True)])
 def test_a_row_does_not_depend_on_its_batch(
-    request: pytest.FixtureRequest, launches: list[str], hidden: int, wide: bool
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    launches: list[str],
+    hidden: int,
+    wide: bool,
 ) -> None:
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 3)  # may share a wide row
     if wide:
         request.getfixturevalue("wide_rows")
     x, residual, *cotangents = torch.randn(4, 19, hidden, device=DEVICE).bfloat16()
@@ -170,6 +175,23 @@ def test_rows_beyond_2_31(n_rows: int) -> None:
     assert torch.equal(rows, expected)
     assert torch.equal(mask.bool(), expected < n_rows)
     assert zero.item() == 0
+
+
+@pytest.mark.usefixtures("wide_rows")
+def test_programs_share_a_wide_row_where_rows_are_few(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 7)
+    launch, grids = triton_backend.launch, {}
+
+    def recorded(kernel, grid, *args, **constants):
+        grids[kernel.__name__] = grid
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(triton_backend, "launch", recorded)
+    for rows, sharing in ((2, 3), (4, 1)):
+        check(backend, (rows, 300), torch.float32, Variant(p="0.3", residual="same"))
+        assert grids["forward_loop"] == (rows, sharing)
 
 
 def test_no_rows() -> None:
