@@ -9,150 +9,17 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/record_function.h>
+
+#include "cpu_tensors.h"
 
 namespace {
 
-using at::ScalarType;
-using at::Tensor;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-using ForwardKernel = void(const void* x, const void* residual, const void* weight,
-                           const void* bias, void* y, void* summed, void* rstd, ptrdiff_t rows,
-                           ptrdiff_t hidden, ptrdiff_t k, ptrdiff_t x_stride,
-                           ptrdiff_t residual_stride, double eps, double offset, int llama,
-                           int threads);
-using BackwardKernel = void(const void* dy, const void* dsummed, const void* x, const void* weight,
-                            const void* rstd, void* dx, void* dweight, void* dbias,
-                            void* dweight_partials, void* dbias_partials, ptrdiff_t rows,
-                            ptrdiff_t hidden, ptrdiff_t k, ptrdiff_t dy_stride,
-                            ptrdiff_t dsummed_stride, ptrdiff_t x_stride, double offset, int llama,
-                            ptrdiff_t blocks, int threads);
-
-using WidenKernel = void(const void* from, void* to, ptrdiff_t n);
-
-struct Kernels {
-  ForwardKernel* forward = nullptr;
-  BackwardKernel* backward = nullptr;
-  WidenKernel* widen = nullptr;  // from x's dtype to the one that is computed in
-};
-
-constexpr size_t kTypes = static_cast<size_t>(ScalarType::NumOptions);
-std::array<std::array<Kernels, kTypes>, kTypes> kernels;  // [of x][of y]
-int64_t parallel_elements, max_blocks, block_rows;        // as in cpu_build.py
-PyObject* python_backward;                                // cpu_autograd._reference_backward
-
-Kernels& kernels_for(ScalarType x, ScalarType out) {
-  return kernels[static_cast<size_t>(x)][static_cast<size_t>(out)];
-}
-
-struct Formula {
-  int64_t k;
-  double eps, offset;
-  bool llama;
-};
-
-bool is_float(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-         type == ScalarType::Half;
-}
-
-ScalarType compute_type(ScalarType x) {
-  return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-int threads_for(int64_t elements) {
-  return elements >= parallel_elements ? at::get_num_threads() : 1;
-}
-
-/* Rows with unit stride along each; copies only if it must. */
-Tensor rows_of(const Tensor& x) {
-  if (!x.defined() || x.is_contiguous()) return x;
-  const Tensor rows = x.reshape({-1, x.size(-1)});
-  return rows.stride(1) == 1 ? rows : rows.contiguous();
-}
-
-int64_t row_stride(const Tensor& x) {
-  if (!x.defined()) return 0;
-  return x.is_contiguous() ? x.size(-1) : x.stride(0);
-}
-
-const void* read(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-void* write(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
-
-Tensor empty(at::IntArrayRef sizes, ScalarType type) {
-  return Tensor(at::detail::empty_cpu(sizes, type));
-}
-
-/* A weight, a bias or the gradient of one, contiguous. */
-Tensor vector(const Tensor& t, ScalarType type) {
-  if (!t.defined() || (t.scalar_type() == type && t.is_contiguous())) return t;
-  const auto widen = kernels_for(t.scalar_type(), type).widen;
-  if (!widen || type != compute_type(t.scalar_type()) || !t.is_contiguous())
-    return t.to(type).contiguous();
-  const Tensor wide = empty(t.sizes(), type);
-  widen(read(t), write(wide), t.numel());
-  return wide;
-}
-
-struct Result {
-  Tensor y, summed, rstd;
-};
-
-/* residual, weight and bias may be undefined. */
-Result run_forward(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                   const Tensor& bias, const Formula& f, ScalarType out, bool save_rstd) {
-  at::AutoDispatchBelowADInplaceOrView below;
-  const ScalarType compute = compute_type(x.scalar_type());
-  const int64_t hidden = x.size(-1), n_rows = x.numel() / hidden;
-  const Tensor rows = rows_of(x), other = rows_of(residual);
-  const Tensor w = vector(weight, compute), b = vector(bias, compute);
-  Result result;
-  result.y = empty(x.sizes(), out);
-  if (residual.defined()) result.summed = empty(x.sizes(), x.scalar_type());
-  if (save_rstd) result.rstd = empty({n_rows, 1}, compute);
-  kernels_for(x.scalar_type(), out)
-      .forward(read(rows), read(other), read(w), read(b), write(result.y), write(result.summed),
-               write(result.rstd), n_rows, hidden, f.k, row_stride(rows), row_stride(other), f.eps,
-               f.offset, f.llama, threads_for(x.numel()));
-  return result;
-}
-
-struct Gradients {
-  Tensor sum, weight, bias;
-};
-
-/* dsummed may be undefined; those of weight and bias only where wanted. */
-Gradients run_backward(const Tensor& dy, const Tensor& dsummed, const Tensor& x,
-                       const Tensor& weight, const Tensor& rstd, const Formula& f,
-                       bool weight_grad, std::optional<ScalarType> bias_grad) {
-  at::AutoDispatchBelowADInplaceOrView below;
-  const ScalarType compute = rstd.scalar_type();
-  const int64_t hidden = x.size(-1), n_rows = x.numel() / hidden;
-  const Tensor x_rows = rows_of(x), dy_rows = rows_of(dy), ds_rows = rows_of(dsummed);
-  const Tensor w = vector(weight, compute);
-  const int64_t blocks = std::min(max_blocks, (n_rows + block_rows - 1) / block_rows);
-  Gradients d{empty(x.sizes(), x.scalar_type()), {}, {}};
-  Tensor weight_partials, bias_partials;
-  const auto summed_over_blocks = [&](Tensor& gradient, Tensor& partials) {
-    gradient = empty({hidden}, compute);
-    partials = blocks == 1 ? gradient : empty({blocks, hidden}, compute);
-  };
-  if (weight_grad) summed_over_blocks(d.weight, weight_partials);
-  if (bias_grad) summed_over_blocks(d.bias, bias_partials);
-  kernels_for(x.scalar_type(), dy.scalar_type())
-      .backward(read(dy_rows), read(ds_rows), read(x_rows), read(w), read(rstd), write(d.sum),
-                write(d.weight), write(d.bias), write(weight_partials), write(bias_partials),
-                n_rows, hidden, f.k, row_stride(dy_rows), row_stride(ds_rows), row_stride(x_rows),
-                f.offset, f.llama, blocks, threads_for(x.numel()));
-  if (weight_grad) d.weight = vector(d.weight, weight.scalar_type());
-  if (bias_grad) d.bias = vector(d.bias, *bias_grad);
-  return d;
-}
+PyObject* python_backward;  // cpu_autograd._backward
 
 /* Memory of a CPU that may be read as it is. */
 bool is_plain(const Tensor& t) {
@@ -160,6 +27,18 @@ bool is_plain(const Tensor& t) {
   constexpr c10::DispatchKeySet usual({DispatchKey::CPU, DispatchKey::AutogradCPU,
                                        DispatchKey::AutocastCPU, DispatchKey::ADInplaceOrView});
   return !t.defined() || (usual.isSupersetOf(t.key_set()) && t.has_storage());
+}
+
+/* As a weight or a bias. */
+bool fits(const Tensor& t, const Tensor& x) {
+  return !t.defined() ||
+         (t.dim() == 1 && t.size(0) == x.size(-1) &&
+          (t.scalar_type() != ScalarType::Double || x.scalar_type() == ScalarType::Double));
+}
+
+/* As a residual or the gradient of one. */
+bool matches(const Tensor& t, const Tensor& x) {
+  return !t.defined() || (t.sizes() == x.sizes() && t.scalar_type() == x.scalar_type());
 }
 
 /* For gradients that are differentiated themselves, and for tensors that are no plain memory. */
@@ -182,8 +61,10 @@ variable_list gradients(const variable_list& grads, const std::array<Tensor, 3>&
   if (!dy.defined()) return {dsummed, dsummed, Tensor(), Tensor()};
   const auto& [x, weight, rstd] = saved;
   const bool plain = is_plain(dy) && is_plain(dsummed) && is_plain(x) && is_plain(weight);
+  const bool known = plain && dy.sizes() == x.sizes() && matches(dsummed, x) && fits(weight, x) &&
+                     kernels_for(x.scalar_type(), dy.scalar_type()).backward;
   const Gradients d =
-      plain && !at::GradMode::is_enabled()
+      known && !at::GradMode::is_enabled()
           ? run_backward(dy, dsummed, x, weight, rstd, f, weight_grad, bias_grad)
           : reference_backward(dy, dsummed, x, weight, f, weight_grad, bias_grad);
   return {d.sum, grads.size() > 1 ? d.sum : Tensor(), d.weight, d.bias};
@@ -294,12 +175,6 @@ bool take(PyObject* given, Tensor& t) {
   return is_plain(t) && is_float(t.scalar_type()) && !t._fw_grad(0).defined();
 }
 
-bool fits(const Tensor& t, const Tensor& x) {
-  return !t.defined() ||
-         (t.dim() == 1 && t.size(0) == x.size(-1) &&
-          (t.scalar_type() != ScalarType::Double || x.scalar_type() == ScalarType::Double));
-}
-
 /* normalise(x, residual, weight, bias, make_formula, *settings): y, or (y, summed) with a residual;
  * None if this is nothing for this file: Python goes on, and words what is wrong. The rest of
  * make_formula's arguments, after the hidden size, are the settings. */
@@ -310,10 +185,7 @@ PyObject* normalise(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   Tensor x, residual, weight, bias;
   if (!is_plain_mode() || !take(args[0], x) || !x.defined() || !x.dim() || !x.numel() ||
       !take(args[1], residual) || !take(args[2], weight) || !take(args[3], bias) ||
-      !fits(weight, x) || !fits(bias, x))
-    Py_RETURN_NONE;
-  if (residual.defined() &&
-      (residual.sizes() != x.sizes() || residual.scalar_type() != x.scalar_type()))
+      !fits(weight, x) || !fits(bias, x) || !matches(residual, x))
     Py_RETURN_NONE;
 
   const pybind11::int_ hidden(x.size(-1));

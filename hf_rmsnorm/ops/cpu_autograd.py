@@ -32,6 +32,7 @@ from .reference import Formula
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_HEADER = _SOURCE.with_name("cpu_tensors.h")
 _ABANDONED_SECONDS = 600
 
 # Why calls went through Python so far; the last one counts.
@@ -110,7 +111,8 @@ def _target() -> Path | None:
         _through_python(f"{folder} cannot be written; set HF_RMSNORM_CACHE to another folder")
     else:
         parts = repr((torch.__version__, torch.__file__, sys.implementation.cache_tag, _flags()))
-        name = cpu_build.fingerprint(compiler, parts.encode(), _SOURCE.read_bytes())
+        sources = _SOURCE.read_bytes(), _HEADER.read_bytes()
+        name = cpu_build.fingerprint(compiler, parts.encode(), *sources)
         return folder / f"autograd-{name}.so"
     return None
 

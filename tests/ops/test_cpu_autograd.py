@@ -142,6 +142,16 @@ def test_hooks_and_anomalies() -> None:
                 torch.autograd.grad(y, x, torch.full_like(dy, float("nan")))
 
 
+def test_a_node_called_by_hand() -> None:
+    """Nothing casts or checks what it is given."""
+    x, weight = torch.randn(4, 6, requires_grad=True), torch.randn(6)
+    y, dy = functional.rms_norm(x, weight), torch.randn(4, 6)
+    expected = y.grad_fn(dy)[0]
+    torch.testing.assert_close(y.grad_fn(dy.double())[0], expected)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        y.grad_fn(torch.randn(4, 7))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own, of itself
 def test_compiled_autograd_knows_the_node() -> None:
     leaves = [torch.randn(s, requires_grad=True) for s in ((4, 6), (4, 6), (6,), (6,))]
