@@ -138,8 +138,8 @@ def forward_loop(
         b_x = cast(b_x, COMPUTE)
         b_square += b_x * b_x
     b_rstd = tl.rsqrt(tl.sum(b_square, 1) * (1.0 / K) + EPS)
-    if p_rstd is not None:
-        tl.store(p_rstd + rows, b_rstd, mask=m_rows & (tl.program_id(1) == 0))
+    if p_rstd is not None:  # the same value from all that share the row
+        tl.store(p_rstd + rows, b_rstd, mask=m_rows)
     for start in range(0, N, BN):
         if (start // BN) % tl.num_programs(1) == tl.program_id(1):
             cols, mask = select_cols(start, m_rows, N, BN)
