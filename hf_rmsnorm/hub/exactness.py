@@ -16,8 +16,8 @@ from ..probing import Fold
 from .records import fold_rows
 
 WHOLE = 8192  # entries; tensors of no more are kept whole to compare, of larger ones
-SAMPLE = 256  # entries
-COLUMNS = 16  # of each folded tensor, whose means are computed again when saving
+SAMPLE = 1024  # entries
+COLUMNS = 16  # of each folded tensor, whose means are computed
 # What computing a mean costs, relative to the entries; float64's folds have no wider type, either.
 SUMMING = {torch.float32: 1e-6, torch.float64: 1e-13}
 
@@ -35,14 +35,15 @@ class Evidence:
     """What an exact patch rests on, as it was when the patch was made.
 
     Besides centred weights, that may be norms with equal gains or absorbed scales: so no parameter
-    may have changed. `holds` looks at a sample of each, and at autograd's counters of in-place
-    writes (an optimizer's step is one; moving or casting the model is none).
+    may have changed. `unchanged` compares a sample of each, and looks at autograd's counters of
+    in-place writes (an optimizer's step is one; moving or casting the model is none).
     """
 
     def __init__(self, model: nn.Module, folds: Iterable[Fold]):
         parameters = dict(model.named_parameters())
         self.folds = tuple(folds)
         self.fold_rows = fold_rows(model, self.folds)  # for the record
+        self.centred = not off_centre(model, self.folds, COLUMNS)
         self.samples = {name: _sample(p) for name, p in parameters.items()}
         self.versions = {name: (weakref.ref(p), p._version) for name, p in parameters.items()}
 
@@ -50,27 +51,30 @@ class Evidence:
         return {**self.__dict__, "versions": {}}  # a copy has its own parameters
 
     @torch.no_grad()
-    def holds(self, model: nn.Module, state_dict: Mapping[str, Any] | None) -> bool:
-        """Whether the weights to save, `state_dict` or the model's own, are still those."""
+    def unchanged(
+        self, model: nn.Module, state_dict: Mapping[str, Any] | None
+    ) -> frozenset[torch.dtype] | None:
+        """The dtypes of the weights to save, `state_dict` or the model's own, if but for rounding
+        to these they are what they were; else None."""
         parameters = dict(model.named_parameters())
-        if parameters.keys() != self.samples.keys():
-            return False
+        if not self.centred or parameters.keys() != self.samples.keys():
+            return None
         for name, (parameter, version) in self.versions.items():
             if parameter() is parameters[name] and parameters[name]._version != version:
-                return False
+                return None
         found: Mapping[str, Any] = parameters if state_dict is None else state_dict
         groups: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # few comparisons of many tensors
         for name, sample in self.samples.items():
             tensor = found.get(name)
-            if tensor is None or not _is_plain(tensor):
-                return False
+            if tensor is None or not _is_plain(tensor) or tensor.shape != parameters[name].shape:
+                return None
             pair = sample, _entries(tensor)
             groups.setdefault((tensor.dtype, tensor.device), []).append(pair)
         for (dtype, _), pairs in groups.items():
             then, now = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
             if not torch.equal(then.to(dtype), now.cpu()):
-                return False
-        return not off_centre(model, self.folds, found, COLUMNS)
+                return None
+        return frozenset(dtype for dtype, _ in groups)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -91,28 +95,19 @@ def _entries(tensor: Tensor) -> Tensor:
     return flat[:: count // SAMPLE | 1]  # odd: no common factor with the width of most layers
 
 
-def off_centre(
-    model: nn.Module,
-    folds: Iterable[Fold],
-    weights: Mapping[str, Any] | None = None,
-    columns: int | None = None,
-) -> list[str]:
+def off_centre(model: nn.Module, folds: Iterable[Fold], columns: int | None = None) -> list[str]:
     """The folded tensors whose mean over the features is more than rounding.
 
     Rounding gives each of `n` entries an independent error below half a unit in its last place, so
     their mean is off by about `eps * rms / sqrt(n)`; training moves it by far more.
 
     Args:
-        weights: where to look for the tensors by name, before the model's own.
         columns: about how many means to look at per tensor, spread evenly; None is all.
     """
-    found, given = [], weights or {}
+    found = []
     groups: dict[Any, list[tuple[Fold, Tensor]]] = {}  # few operations for many tensors
     for fold in folds:
-        names = (fold.parameter, *fold.aliases)
-        tensor = next((given[name] for name in names if name in given), None)
-        if tensor is None:
-            tensor = get_tensor(model, fold.parameter)
+        tensor = get_tensor(model, fold.parameter)
         if not _is_plain(tensor) or tensor.shape[fold.axis] % (fold.size * fold.inner):
             found.append(fold.parameter)
             continue

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import PatchError
 from ..patching import patched_parts
 from ..plan import PatchPlan
 from .exactness import Evidence
-from .records import lifted, to_record
+from .records import about_weights, gains, lifted, to_record
 
 SAVED = "_hf_rmsnorm_saved"  # attribute of each model inside a patched model
 
@@ -28,6 +29,20 @@ class Saved:
     plan: PatchPlan
     record: dict[str, Any]
     evidence: Evidence | None
+    stock: dict[Any, dict[str, Any]] = field(default_factory=dict)  # what `stock_record` found
+
+    def stock_record(
+        self, model: Any, state_dict: Mapping[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """The record for the stock format, if the weights to save may be in that; else None."""
+        dtypes = None if self.evidence is None else self.evidence.unchanged(model, state_dict)
+        if self.evidence is None or dtypes is None:
+            return None
+        if len(dtypes) == 1 and dtypes in self.stock:  # of the same weights
+            return self.stock[dtypes]
+        sizes = gains(model, self.plan, state_dict)
+        self.stock[dtypes] = about_weights(self.record, self.evidence.fold_rows, sizes)
+        return self.stock[dtypes]
 
 
 def changes_the_class(plan: PatchPlan) -> bool:

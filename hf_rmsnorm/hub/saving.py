@@ -27,7 +27,7 @@ from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
 from .folders import move_into, staging
 from .parts import SAVED, what_to_save
-from .records import RECORD, about_weights, gains
+from .records import RECORD
 
 
 def save_patched(
@@ -51,11 +51,7 @@ def save_patched(
         state_dict = {name.replace("_orig_mod.", ""): t for name, t in state_dict.items()}
     saved = what_to_save(model)
     assert saved is not None
-    evidence = saved.evidence
-    stock = None
-    if evidence is not None and evidence.holds(model, state_dict):
-        sizes = gains(model, saved.plan, state_dict)
-        stock = about_weights(saved.record, evidence.fold_rows, sizes)
+    stock = saved.stock_record(model, state_dict)
     with _saving_config(model, base, saved.record, stock):
         if not is_main_process or kwargs.get("distributed_checkpoint"):
             # nothing is written, or by all processes into one folder

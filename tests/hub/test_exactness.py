@@ -10,8 +10,8 @@ from tiny_models import config_of, gpt2
 from torch import Tensor, nn
 
 import hf_rmsnorm
-from hf_rmsnorm import patch_model
-from hf_rmsnorm.hub.exactness import off_centre
+from hf_rmsnorm import patch_model, plan_patch
+from hf_rmsnorm.hub.exactness import Evidence, off_centre
 from hf_rmsnorm.probing import Fold
 
 # as (shape, fold): fused and plain writers along either axis, some of whose blocks are not centred
@@ -52,8 +52,31 @@ def test_each_tensor_is_judged_by_itself(
         if mask is not None:  # what is not centred may be anything
             net.c.add_((view * 7 * (1 - mask)).reshape(shape))
     folds = [Fold(**{**vars(fold), "parameter": name}) for name in "abcd"]
-    assert off_centre(net, folds, columns=columns) == ["b", "d"]
-    assert off_centre(net, folds[1:2], {"b": net.a}, columns) == []
+    assert off_centre(net, folds, columns) == ["b", "d"]
+
+
+def test_writes_that_autograd_does_not_see_are_found_in_large_weights() -> None:
+    weight = torch.randn(96, 768)
+    for changed in ((3, slice(None)), (95, slice(None)), (slice(None), 5), (slice(None), 766)):
+        net = nn.Linear(768, 96)
+        net.weight.data.copy_(weight)
+        evidence = Evidence(net, ())
+        assert evidence.unchanged(net, None) == {torch.float32}
+        assert evidence.unchanged(net.to(torch.bfloat16), None) == {torch.bfloat16}
+        net.to(torch.float32).weight.data.copy_(weight)
+        assert evidence.unchanged(net, None) is None, "the bias was rounded, the weight is not"
+        net.bias.data.copy_(evidence.samples["bias"])
+        assert evidence.unchanged(net, None)
+        net.weight.data[changed] *= 1.001
+        assert evidence.unchanged(net, None) is None
+
+
+def test_weights_that_were_not_centred_are_no_evidence() -> None:
+    model = gpt2()
+    folds = plan_patch(model).folds
+    assert Evidence(model, folds).unchanged(model, None) is None
+    patch_model(model)
+    assert Evidence(model, folds).unchanged(model, None)
 
 
 def test_weights_of_several_dtypes_are_compared_as_each_is(tmp_path: Path) -> None:
