@@ -287,26 +287,41 @@ COMPILED = [
 ]
 
 
-@pytest.mark.launch
-def test_compiled_kernels_hold_what_they_promise(tmp_path: Path) -> None:
-    """No spills, 128-bit accesses, enough in flight: `problems` in aot_compile.py.
-
-    Needs no GPU, but a process without the interpreter.
-    """
+def compiled(tmp_path: Path, cases: list[str]) -> dict:
+    """The report on `cases`: needs no GPU, but a process without the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("aot_compile.py")
     done = subprocess.run(
-        [sys.executable, str(script), "--json", *COMPILED],
+        [sys.executable, str(script), "--json", *cases],
         capture_output=True,
         text=True,
         env=env,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.launch
+def test_compiled_kernels_hold_what_they_promise(tmp_path: Path) -> None:
+    """No spills, 128-bit accesses, enough in flight: `problems` in aot_compile.py."""
+    found = compiled(tmp_path, COMPILED)
     assert {r["kernel"] for r in found["report"]} == {
         *("forward_tile", "forward_loop", "backward_dots", "reduce_partials"),
         *(f"backward_rows_{part}" for part in ("row", "tail", "head")),
     }
+    assert not found["problems"], "\n".join(found["problems"])
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8),
+    reason=f"Triton {triton.__version__} compiles no clusters; 3.8 does",
+)
+def test_compiled_clusters_hold_what_they_promise(tmp_path: Path) -> None:
+    cases = ["90c:bfloat16:8192:full", "90c:bfloat16:12288:plain", "90c:bfloat16:65536:full,plain"]
+    found = compiled(tmp_path, cases)
+    split = {r["hidden"] for r in found["report"] if r["tile"].count("x") == 3}
+    assert split == {8192, 12288, 65536}
     assert not found["problems"], "\n".join(found["problems"])
