@@ -23,6 +23,7 @@ def fold_weights(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
     widen_blocks(model, plan, changes)
     for name, value in folded_weights(plan, lambda name: get_tensor(model, name)):
         changes.write(model, name, value)
+    changes.watch_loading(model)
 
 
 def widen_blocks(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:

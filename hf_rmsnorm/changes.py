@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .errors import PatchError
 from .probing.facts import extended
 
 
@@ -41,6 +43,8 @@ class Changes:
     modules: list[ModuleChange] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)  # originals, on the CPU
     written: dict[str, bytes] = field(default_factory=dict)  # fingerprints of what replaced them
+    moved: dict[str, float] = field(default_factory=dict)  # how far from the originals, relatively
+    guard: RemovableHandle | None = None
 
     def open(self, model: nn.Module, name: str) -> tuple[nn.Module, ModuleChange]:
         """The module called `name`, and a new entry to note its changes in."""
@@ -54,8 +58,26 @@ class Changes:
         tensor = get_tensor(model, name)
         if name not in self.tensors:
             self.tensors[name] = tensor.detach().to("cpu", copy=True)
+        self.moved[name] = _distance(tensor.detach(), value)
         _overwrite(tensor, value)
         self.written[name] = _fingerprint(tensor)
+
+    def watch_loading(self, model: nn.Module) -> None:
+        """Have `model.load_state_dict` refuse the weights that were overwritten."""
+        if self.tensors:
+            self.guard = model.register_load_state_dict_pre_hook(self._refuse_originals)
+
+    def _refuse_originals(
+        self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+    ) -> None:
+        """A hook; a method, so that a patched model can be pickled."""
+        for name, original in self.tensors.items():
+            if _same_values(state_dict.get(prefix + name), original, self.moved[name]):
+                raise PatchError(
+                    f"{prefix}{name} in the state dict is that of the unpatched model, which the "
+                    "patch has folded: with it the patched model would compute something else. "
+                    "Load such weights before patch_model, or call unpatch_model first"
+                )
 
     def extend(self, model: nn.Module, name: str, axis: int) -> None:
         """Make a parameter one longer along `axis`, with zeros: a new `nn.Parameter`."""
@@ -73,6 +95,9 @@ class Changes:
         ]
 
     def undo(self, model: nn.Module) -> None:
+        if self.guard is not None:
+            self.guard.remove()
+            self.guard = None
         for name, original in self.tensors.items():
             _overwrite(get_tensor(model, name), original)
         for change in reversed(self.modules):
@@ -95,11 +120,33 @@ class Changes:
         self.modules.clear()
         self.tensors.clear()
         self.written.clear()
+        self.moved.clear()
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(value)
+
+
+def _distance(old: Tensor, new: Tensor) -> float:
+    """Of `new` from `old`, relative to the size of `old`."""
+    wide = torch.promote_types(old.dtype, torch.float32)
+    new, old = new.to(wide), old.to(wide)
+    return float((new - old).norm() / old.norm())  # of zeros that stay zeros: nan
+
+
+def _same_values(given: Any, original: Tensor, moved: float) -> bool:
+    """Whether `given` is `original`, in its own dtype, and that tells it from what is `moved` away:
+    entries further apart than eps never round to the same."""
+    data = given.detach() if isinstance(given, Tensor) else None
+    if type(data) is not Tensor or data.is_meta or data.shape != original.shape:
+        return False
+    if not data.is_floating_point() or not moved > torch.finfo(data.dtype).eps:
+        return False
+    for there, here in ((data.flatten()[:64], original.flatten()[:64]), (data, original)):
+        if not torch.equal(there.to("cpu"), here.to(data.dtype)):
+            return False
+    return True
 
 
 def _fingerprint(tensor: Tensor) -> bytes:

@@ -120,7 +120,9 @@ def patch_model(
                 f"the model is already patched ({record.plan.summary()}): call unpatch_model first"
             )
         warnings.warn(
-            f"the model is already patched, nothing done ({record.plan.summary()})", stacklevel=2
+            f"the model is already patched ({record.plan.summary()}), nothing done: for another "
+            "strategy or other sites, call unpatch_model first",
+            stacklevel=2,
         )
         return model
     plan = plan_patch(

@@ -286,8 +286,12 @@ def test_include_and_exclude_choose_sites() -> None:
 def test_patching_twice() -> None:
     model = patch_model(MODELS["gpt2"](), "prmsnorm", strategy="direct")
     state, classes = tensors(model), classes_of(model)
-    with pytest.warns(UserWarning, match="already patched, nothing done"):
-        patch_model(model, "prmsnorm", p=0.0625, strategy="direct")
+    said = (
+        r"already patched \(5 norm sites .*strategy direct: .*nothing done: .*unpatch_model first"
+    )
+    for other in ({}, {"strategy": "auto"}, {"include": "*.ln_1"}):
+        with pytest.warns(UserWarning, match=said):
+            patch_model(model, "prmsnorm", p=0.0625, **{"strategy": "direct", **other})
     with pytest.raises(PatchError, match=r"already patched .* unpatch_model first"):
         patch_model(model, "rmsnorm", strategy="direct")
     assert_same_model(model, classes, state)
@@ -359,6 +363,80 @@ def test_copies_and_pickles_stay_patched_and_can_be_unpatched() -> None:
         assert_same_model(twin, classes_of(original), tensors(original))
         assert torch.equal(forward(twin), forward(original))
     assert torch.equal(forward(model), out)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize(
+    "reached",
+    [
+        lambda m: m,
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        torch.compile,
+        Around,
+    ],
+    ids=["itself", "copy", "pickle", "compiled", "inside"],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_unpatched_weights_are_not_loaded_over_folded_ones(
+    reached: Callable[[nn.Module], nn.Module], strict: bool
+) -> None:
+    plain = MODELS["gpt2"]()
+    model = reached(patch_model(copy.deepcopy(plain)))
+    prefix = next(iter(model.state_dict())).removesuffix("transformer.wte.weight")
+    state = tensors(model)
+    message = f"^{prefix}transformer.* is that of the unpatched model"
+    for dtype in (None, torch.float64, torch.bfloat16):
+        given = {prefix + name: t.to(dtype) for name, t in plain.state_dict().items()}
+        with pytest.raises(PatchError, match=message):
+            model.load_state_dict(given, strict=strict)
+        one = "transformer.h.1.mlp.c_proj.bias"  # the others trained since
+        given = {n: t if n.endswith(one) else t + 1 for n, t in given.items()}
+        with pytest.raises(PatchError, match=f"^{prefix}{one} .*before patch_model, or call unp"):
+            model.load_state_dict(given, strict=strict)
+    assert_same_model(model, classes_of(model), state)
+
+
+def test_other_weights_are_loaded() -> None:
+    plain = MODELS["gpt2"]()
+    model = patch_model(copy.deepcopy(plain))
+    own = tensors(model)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for _ in range(2):
+            with torch.no_grad():  # trained since
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            saved = {name: t.to(dtype, copy=True) for name, t in tensors(model).items()}
+            model.load_state_dict(saved)
+            model.load_state_dict({name: t.to(dtype) for name, t in own.items()})
+    model.load_state_dict({n: t.to("meta") for n, t in plain.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({n: t[:1] for n, t in plain.state_dict().items()})
+
+    again = patch_model(unpatch_model(patch_model(copy.deepcopy(plain))))
+    unpatch_model(again)
+    again.load_state_dict(plain.state_dict())
+    assert_same_model(again, classes_of(plain), tensors(plain))
+    direct = patch_model(copy.deepcopy(plain), strategy="direct")
+    direct.load_state_dict(plain.state_dict())
+
+
+def test_weights_that_the_patch_only_rounded_are_loaded() -> None:
+    """As of a checkpoint that was saved exactly patched and then loaded as the stock class."""
+    folded = patch_model(MODELS["gpt2"]())
+    plain = MODELS["gpt2"]()
+    plain.load_state_dict(folded.state_dict())
+    with torch.no_grad():  # a bias that the patch leaves alone, too
+        plain.transformer.h[0].mlp.c_proj.bias.zero_()
+    model = patch_model(copy.deepcopy(plain))
+    assert any(not torch.equal(t, plain.state_dict()[n]) for n, t in model.state_dict().items())
+    model.load_state_dict(plain.state_dict())
+    model.load_state_dict({n: t.bfloat16() for n, t in plain.state_dict().items()})
 
 
 def test_shared_modules_and_modes_and_hooks_stay() -> None:

@@ -270,6 +270,13 @@ def make_bench(
             raise PatchError("The model's forward returned no floating-point tensor to compare.")
         if all(x.isfinite().any() and not x.isnan().any() for x in outputs):
             return bench
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise PatchError(
+                    f"{name} has entries that are nan or inf, so nothing finite comes out of this "
+                    f"{type(model).__name__} to compare: load sound weights, or use "
+                    'strategy="direct", which runs nothing'
+                )
         problem = "its outputs are not finite"
     raise PatchError(
         f"{type(model).__name__} could not be run on the probe inputs: {problem}\n"

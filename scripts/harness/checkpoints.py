@@ -113,10 +113,20 @@ def check_interval(every: str | None) -> None:
 
 def require_equal(stored: Any, asked: dict[str, Any], what: str, advice: str) -> None:
     """Raises a ScriptError that lists the settings in which `stored` and `asked` differ."""
-    asked = json.loads(json.dumps(asked))
-    differing = sorted(name for name in {*stored, *asked} if stored.get(name) != asked.get(name))
-    if differing:
-        lines = [
-            f"  {name}: stored {stored.get(name)!r}, now {asked.get(name)!r}" for name in differing
-        ]
+    then, now = _by_path(stored), _by_path(json.loads(json.dumps(asked)))
+    lines = [
+        f"  {name}: stored {then.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    if lines:
         raise ScriptError("\n".join([f"{what} was made with other settings; {advice}:", *lines]))
+
+
+def _by_path(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values in nested settings, by names such as `training.learning_rate`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict) and value
+        found.update(_by_path(value, f"{prefix}{name}.") if inner else {prefix + name: value})
+    return found

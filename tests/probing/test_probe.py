@@ -201,10 +201,20 @@ def test_rms_norms_and_odd_shapes_are_not_converted():
 def test_a_forward_that_fails_says_what_to_pass():
     with pytest.raises(PatchError, match=r"(?s)Toy could not be run.*Pass inputs="):
         probed(Toy([]), [{"ids": torch.randn(2, 3)}])
-    model = Toy([])
-    model.head.weight.data.fill_(float("nan"))
-    with pytest.raises(PatchError, match="not finite"):
-        probed(model)
+
+
+def test_what_is_not_finite_is_named():
+    class Overflows(Toy):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * float("inf")
+
+    with pytest.raises(PatchError, match=r"(?s)could not be run.*outputs are not finite.*inputs="):
+        probed(Overflows([]))
+    for bad in (float("nan"), float("inf")):
+        model = Toy(["pre-norm mlp"])
+        model.head.weight.data[:, 2] = bad
+        with pytest.raises(PatchError, match=r"^head\.weight has entries that are nan or inf"):
+            probed(model)
 
 
 def test_a_model_that_cannot_run_in_float64_is_probed_in_float32():

@@ -78,7 +78,9 @@ def test_comparison(compared: Path, compare: Script, capsys: pytest.CaptureFixtu
     assert len(read(compared / "results.json")["runs"]) == 3 * len(ARMS)
     other = ["--weight_decay", "0.5", "--output_dir", str(compared)]
     assert compare(*FLAGS, "--seeds", "0", *other) == 2
-    assert "other settings" in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()
+    assert "other settings" in message[0]
+    assert message[1:] == ["  training.weight_decay: stored 0.0, now 0.5"]
     assert len(read(compared / "results.json")["runs"]) == 3 * len(ARMS)
     assert compare(*FLAGS, "--seeds", "0", *other, "--overwrite", "--throughput_rounds", "0") == 0
     assert len(list((compared / "runs").iterdir())) == len(ARMS)
