@@ -112,6 +112,7 @@ def test_a_row_does_not_depend_on_its_batch(
     wide: bool,
 ) -> None:
     monkeypatch.setattr(triton_backend, "processors", lambda device: 3)  # may share a wide row
+    monkeypatch.setattr(triton_backend, "_REDUCE_COLUMNS", 256)
     if wide:
         request.getfixturevalue("wide_rows")
     x, residual, *cotangents = torch.randn(4, 19, hidden, device=DEVICE).bfloat16()
