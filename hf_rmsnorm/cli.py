@@ -33,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     warnings.filterwarnings("ignore", message=r".*changed approximately", category=UserWarning)
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141  # as of tools that SIGPIPE ends
     except ModuleNotFoundError as error:
         advice = 'pip install "hf_rmsnorm[hub]"' if error.name == "transformers" else ""
         print(f"hf-rmsnorm {arguments.command}: {error}. {advice}".rstrip(". "), file=sys.stderr)
@@ -52,7 +57,9 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def patch(arguments: argparse.Namespace) -> int:
     """Write the patched checkpoint; beside first, so that a failure leaves nothing half-written."""
-    out = Path(arguments.out)
+    out, source = Path(arguments.out), Path(arguments.model)
+    if source.exists() and source.resolve().is_relative_to(out.resolve()):
+        raise PatchError(f"{out} holds the unpatched model, which would be lost: choose another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
         raise PatchError(f"{out} exists and is not empty: choose another, or pass --overwrite")
     model: Any = patch_model(_load(arguments.model, arguments), **_patch_arguments(arguments))
@@ -79,10 +86,19 @@ def verify(arguments: argparse.Namespace) -> int:
     first = _load(arguments.model, arguments)
     dtype = getattr(torch, arguments.precision)
     inputs = resolve_inputs(first, None)
-    outputs = [run_outputs(first.to(dtype), inputs)]
+    before = run_outputs(first.to(dtype), inputs)
     del first
-    outputs.append(run_outputs(_load(arguments.other, arguments).to(dtype), inputs))
-    error = relative_change(*outputs)
+    second = _load(arguments.other, arguments).to(dtype)
+    apart = f"{arguments.model} and {arguments.other} cannot be compared"
+    try:
+        after = run_outputs(second, inputs)
+    except Exception as failure:  # a model's own forward may raise anything
+        why = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        raise PatchError(f"{apart}: the second cannot run on the first's inputs ({why})") from None
+    shapes = [[tuple(x.shape) for x in outputs] for outputs in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise PatchError(f"{apart}: their outputs have shapes {shapes[0]} and {shapes[1]}")
+    error = relative_change(before, after)
     same = error <= arguments.tolerance
     print(
         f"largest output difference over largest output, in {arguments.precision}: {error:.2e} "
@@ -157,8 +173,10 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
     """A checkpoint, or with `--random-weights` a model built from its config alone."""
     import transformers
 
+    from .hub.folders import check_exists
     from .hub.loading import from_pretrained
 
+    check_exists(path)
     transformers.utils.logging.disable_progress_bar()
     if not getattr(arguments, "random_weights", False):
         return from_pretrained(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 
-from hf_rmsnorm import PatchPlan
+import hf_rmsnorm
+from hf_rmsnorm import PatchError, PatchPlan
 from hf_rmsnorm.cli import main
 from hf_rmsnorm.ops import cpu_autograd
 
@@ -60,6 +63,77 @@ def test_patch_then_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str])
     assert main(["patch", str(checkpoint), str(direct), "--strategy", "direct"]) == 0
     assert main(["verify", str(checkpoint), str(direct)]) == 1
     assert "OVER" in capsys.readouterr().out
+
+
+def test_models_that_cannot_be_compared(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = transformers.GPT2LMHeadModel.from_pretrained(checkpoint)
+    model.resize_token_embeddings(31, mean_resizing=False)
+    other = checkpoint.parent / "other"
+    model.save_pretrained(other)
+    for pair, message in (
+        ((checkpoint, other), "the second cannot run on the first's inputs (IndexError"),
+        ((other, checkpoint), "their outputs have shapes [("),
+    ):
+        capsys.readouterr()
+        assert main(["verify", *map(str, pair)]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and message in lines[0]
+        assert f"{pair[0]} and {pair[1]} cannot be compared" in lines[0]
+
+
+def test_the_only_copy_of_the_unpatched_model_is_not_replaced(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = checkpoint.parent / "link"
+    link.symlink_to(checkpoint)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    around = checkpoint.parent
+    for source, out in (
+        (checkpoint, checkpoint),
+        (checkpoint, link),
+        (link, checkpoint),
+        (checkpoint, around),
+    ):
+        assert main(["patch", str(source), str(out), "--overwrite"]) == 2
+        assert f"{out} holds the unpatched model" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    inside = checkpoint / "patched"
+    assert main(["patch", str(checkpoint), str(inside), "--strategy", "direct"]) == 0
+
+
+def test_a_folder_that_is_not_there(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    there = str(checkpoint)
+    for argv in (
+        ["inspect", "./nope"],
+        ["inspect", "./nope", "--random-weights"],
+        ["inspect", "runs/nope/model"],
+        ["inspect", "~/nope"],
+        ["patch", f"{there}/nope", "out"],
+        ["verify", there, "../nope"],
+    ):
+        assert main(argv) == 2
+        assert f" {argv[2] if argv[0] == 'verify' else argv[1]} does not exist" in (
+            capsys.readouterr().err
+        )
+    with pytest.raises(PatchError, match=r"^/nonexistent/x does not exist$"):
+        hf_rmsnorm.from_pretrained("/nonexistent/x")
+    assert main(["inspect", "./model"]) == main(["inspect", "model"]) == 0
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    command = [sys.executable, "-m", "hf_rmsnorm", "env"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_a_tokenizer_is_copied_and_none_made_up(checkpoint: Path) -> None:

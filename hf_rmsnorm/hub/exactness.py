@@ -45,7 +45,11 @@ class Evidence:
         self.fold_rows = fold_rows(model, self.folds)  # for the record
         self.centred = not off_centre(model, self.folds, COLUMNS)
         self.samples = {name: _sample(p) for name, p in parameters.items()}
-        self.versions = {name: (weakref.ref(p), p._version) for name, p in parameters.items()}
+        self.versions = {
+            name: (weakref.ref(p), p._version)
+            for name, p in parameters.items()
+            if not p.is_inference()  # these have no counter
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "versions": {}}  # a copy has its own parameters

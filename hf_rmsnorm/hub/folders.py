@@ -89,6 +89,15 @@ def _kind(folder: Path) -> object:
     return config.get("model_type"), config.get(RECORD)
 
 
+def check_exists(name: str | Path) -> None:
+    """`PatchError` for what can only be a folder (`./a`, `/a`, `a/b/c`), where there is none."""
+    text = os.fspath(name)
+    is_path = text.startswith((".", "~")) or text.count("/") > 1 or Path(text).is_absolute()
+    if (is_path or (os.sep == "\\" and os.sep in text)) and not Path(text).exists():
+        hint = " (a ~ is not expanded here)" if text.startswith("~") else ""
+        raise PatchError(f"{text} does not exist{hint}")
+
+
 def check_folder(folder: Path) -> None:
     """`PatchError` for a local folder that is no checkpoint, or half of one."""
     if not folder.exists():

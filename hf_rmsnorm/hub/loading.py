@@ -20,7 +20,7 @@ from . import saving
 from .autos import heads
 from .configs import MODEL_TYPE, config_class, stock_class
 from .exactness import Evidence, off_centre
-from .folders import check_folder
+from .folders import check_exists, check_folder
 from .parts import SAVED
 from .records import RECORD, check_record, config_file, folds_of, from_record, gains
 
@@ -103,10 +103,11 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: as for `AutoModel.from_pretrained`.
 
     Raises:
-        PatchError: a folder that is no whole checkpoint, or a patched checkpoint whose record is
-            missing, damaged, or does not fit its weights.
+        PatchError: a folder that is not there or no whole checkpoint, or a patched checkpoint whose
+            record is missing, damaged, or does not fit its weights.
         OSError: no such hub repository (from transformers).
     """
+    check_exists(path_or_repo)
     check_folder(Path(path_or_repo) / (kwargs.get("subfolder") or ""))
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     config, _ = PreTrainedConfig.get_config_dict(

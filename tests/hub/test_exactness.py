@@ -98,3 +98,15 @@ def test_the_record_is_of_the_weights_that_are_written(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         loaded = hf_rmsnorm.from_pretrained(tmp_path, dtype=dtype)
         assert type(loaded.transformer.ln_f) is hf_rmsnorm.RMSNorm
+
+
+def test_models_made_under_inference_mode_are_saved_as_stock(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        model = gpt2()
+        assert model.transformer.wte.weight.is_inference()
+        patch_model(model)
+        model.save_pretrained(tmp_path / "exact")
+        model.transformer.h[0].mlp.c_proj.weight.mul_(1.5)
+        model.save_pretrained(tmp_path / "trained")
+    assert config_of(tmp_path / "exact")["model_type"] == "gpt2"
+    assert config_of(tmp_path / "trained")["model_type"] == "hf_rmsnorm"
