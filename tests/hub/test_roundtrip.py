@@ -192,7 +192,7 @@ def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(PatchError, match="file is not a checkpoint"):
         hf_rmsnorm.from_pretrained(tmp_path / "file")
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(PatchError, match="nowhere does not exist"):
         hf_rmsnorm.from_pretrained(tmp_path / "nowhere")
 
 
