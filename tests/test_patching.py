@@ -419,9 +419,10 @@ def test_other_weights_are_loaded() -> None:
         model.load_state_dict({n: t[:1] for n, t in plain.state_dict().items()})
 
     again = patch_model(unpatch_model(patch_model(copy.deepcopy(plain))))
-    unpatch_model(again)
-    again.load_state_dict(plain.state_dict())
-    assert_same_model(again, classes_of(plain), tensors(plain))
+    for twin in (pickle.loads(pickle.dumps(again)), copy.deepcopy(again), again):
+        unpatch_model(twin)
+        twin.load_state_dict(plain.state_dict())
+        assert_same_model(twin, classes_of(plain), tensors(plain))
     direct = patch_model(copy.deepcopy(plain), strategy="direct")
     direct.load_state_dict(plain.state_dict())
 
