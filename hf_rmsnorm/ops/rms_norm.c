@@ -3,6 +3,11 @@
  * rms_norm_rows.h is the code, included once per pair of dtypes (of x, and of y and dy). Sums run
  * over vectors in an order that depends on the sizes alone, never on the number of threads. */
 
+#if defined(__linux__)
+#define _DEFAULT_SOURCE
+#include <errno.h>
+#include <sys/mman.h>
+#endif
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -18,9 +23,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Outputs of this size are in no cache when they are read next. Writing them past the caches spares
- * reading the lines that are overwritten. Below, the next reader would miss them. */
+/* Outputs of STREAM_BYTES are in no cache when they are read next. Writing them past the caches
+ * spares reading the lines that are overwritten. Below, the next reader would miss them.
+ *
+ * From MAPPED_BYTES on, glibc has the system map memory for every tensor anew, and the page faults
+ * take longer than the norm. Huge pages make them few; fresh pages are in the caches as it is. */
 #define STREAM_BYTES (8 << 20)
+#define MAPPED_BYTES (32 << 20)
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -47,8 +56,18 @@ INLINE void stream(void *to, const void *from, size_t bytes) {
 INLINE void stream(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 #define END_STREAM() ((void)0)
 #endif
-INLINE int streams(const void *p, size_t row_bytes, ptrdiff_t rows) {
-  return ((uintptr_t)p | row_bytes) % BYTES == 0 && row_bytes * rows >= STREAM_BYTES;
+/* Readies memory for an output; whether to write it past the caches. */
+INLINE int prepare(void *p, size_t row_bytes, ptrdiff_t rows) {
+  const size_t bytes = row_bytes * rows;
+  if (bytes < MAPPED_BYTES)
+    return bytes >= STREAM_BYTES && ((uintptr_t)p | row_bytes) % BYTES == 0;
+#ifdef MADV_HUGEPAGE
+  const uintptr_t huge = 2 << 20, start = ((uintptr_t)p + huge - 1) & ~(huge - 1);
+  const int error = errno;
+  madvise((void *)start, (((uintptr_t)p + bytes) & ~(huge - 1)) - start, MADV_HUGEPAGE);
+  errno = error; /* a system without them goes on with small pages */
+#endif
+  return 0;
 }
 
 typedef float vec_f32 __attribute__((vector_size(BYTES)));

@@ -119,7 +119,8 @@ INLINE void FN(y_tile_)(const T *x, C rstd, const C *weight, C offset, const C *
 void FN(forward_)(const T *x, const T *residual, const C *weight, const C *bias, OUT *y, T *summed,
                   C *rstd, ptrdiff_t rows, ptrdiff_t hidden, ptrdiff_t k, ptrdiff_t x_stride,
                   ptrdiff_t residual_stride, double eps, double offset, int llama, int threads) {
-  const int past_caches = streams(y, hidden * sizeof(OUT), rows);
+  const int past_caches = prepare(y, hidden * sizeof(OUT), rows);
+  if (residual) prepare(summed, hidden * sizeof(T), rows);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (ptrdiff_t i = 0; i < rows; i++) {
     const T *row = x + i * x_stride;
@@ -207,7 +208,7 @@ void FN(backward_)(const OUT *dy, const T *dsummed, const T *x, const C *weight,
                    ptrdiff_t rows, ptrdiff_t hidden, ptrdiff_t k, ptrdiff_t dy_stride,
                    ptrdiff_t dsummed_stride, ptrdiff_t x_stride, double offset, int llama,
                    ptrdiff_t blocks, int threads) {
-  const int past_caches = streams(dx, hidden * sizeof(T), rows);
+  const int past_caches = prepare(dx, hidden * sizeof(T), rows);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)

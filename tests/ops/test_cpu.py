@@ -45,9 +45,10 @@ def test_cpu_tensors_use_the_kernel() -> None:
 @has_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("hidden", [1024, 1003])
-def test_outputs_too_large_for_the_caches(dtype: torch.dtype, hidden: int) -> None:
-    """Written in another way, where rows are aligned: each row's result is the same."""
-    rows = 9 * 2**20 // (hidden * dtype.itemsize)
+@pytest.mark.parametrize("mebibytes", [9, 33])
+def test_outputs_too_large_for_the_caches(dtype: torch.dtype, hidden: int, mebibytes: int) -> None:
+    """Written in other ways, where rows are aligned: each row's result is the same."""
+    rows = mebibytes * 2**20 // (hidden * dtype.itemsize)
     x, residual, dy, dsummed = torch.randn(4, rows, hidden).to(dtype)
     weight = torch.randn(hidden).to(dtype)
 
