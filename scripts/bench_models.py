@@ -10,7 +10,9 @@ take turns in one process. "speed" is the unpatched model's time over the arm's,
 median and range; above 1 is faster than the unpatched model. "moved" is how far the patch moved the
 outputs in float32, over their largest value: an arm whose sites are all exact must not move them,
 or it is not timed and the script fails. A training step is forward, backward and AdamW (fused, as
-Trainer's default); `autocast` is bfloat16 under torch.autocast. The last line is one JSON document.
+Trainer's default); `autocast` is bfloat16 under torch.autocast. On a CPU, "norms" is LayerNorm's
+share of the unpatched model's time (torch.profiler): the most that norms for free could save. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -130,6 +132,15 @@ def steps(
     return {"training": train, "inference": infer}
 
 
+def layer_norm_share(call: Callable[[], Any]) -> float:
+    """Of the time that a call spends in PyTorch's operations on a CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    events = profile.key_averages()
+    norms = sum(e.self_cpu_time_total for e in events if "layer_norm" in e.key)
+    return norms / sum(e.self_cpu_time_total for e in events)
+
+
 def measure(
     name: str, sizes: Sizes, args: argparse.Namespace, deadline: Deadline, report: dict[str, Any]
 ) -> None:
@@ -169,11 +180,15 @@ def measure(
             for arm, summary in summaries.items():
                 row = {**sized, **case, "mode": mode, "arm": arm, **summary}
                 row["moved"] = moved.get(arm, moved.get("rmsnorm"))  # another body, same weights
+                share = ""
+                if arm == CONTROL and device.type == "cpu" and not case["compiled"]:
+                    row["layer_norm_share"] = layer_norm_share(calls[arm][mode])
+                    share = f"  norms {row['layer_norm_share']:.1%}"
                 report["rows"].append(row)
                 print(
                     f"{label:>14} {precision:>8}{' compiled' * case['compiled']} {mode:>9}  "
                     f"{arm:<28}{summary['us_p50'] / 1e3:>9.2f} ms  {ratio(summary)}  "
-                    f"moved {row['moved']:.1e}",
+                    f"moved {row['moved']:.1e}{share}",
                     flush=True,
                 )
 

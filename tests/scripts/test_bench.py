@@ -175,6 +175,8 @@ def test_models(tmp_path: Path) -> None:
     moved = {(row["model"], row["arm"]): row["moved"] for row in document["rows"]}
     assert moved["gpt2", "rmsnorm"] < 1e-5 < 1e-2 < moved["gpt2", "rmsnorm direct"]
     assert moved["llama", "rmsnorm"] < 1e-5
+    shares = {row["model"]: row.get("layer_norm_share") for row in document["rows"][::-1]}
+    assert 0 < shares["gpt2"] < 1 and shares["llama"] == 0
     assert (tmp_path / "models.png").stat().st_size > 10_000
 
 
