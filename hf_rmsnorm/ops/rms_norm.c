@@ -56,6 +56,12 @@ INLINE void stream(void *to, const void *from, size_t bytes) {
 INLINE void stream(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 #define END_STREAM() ((void)0)
 #endif
+INLINE void put_bytes(void *to, const void *from, size_t bytes, int past_caches) {
+  if (past_caches)
+    stream(to, from, bytes);
+  else
+    memcpy(to, from, bytes);
+}
 /* Readies memory for an output; whether to write it past the caches. */
 INLINE int prepare(void *p, size_t row_bytes, ptrdiff_t rows) {
   const size_t bytes = row_bytes * rows;

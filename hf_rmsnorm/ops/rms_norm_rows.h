@@ -19,12 +19,10 @@ INLINE VEC FN(get_)(const T *p, ptrdiff_t n) {
 INLINE void FN(put_)(T *p, VEC v, ptrdiff_t n, int past_caches) {
   T part[sizeof(VEC) / sizeof(C)];
   STORE_T(part, v);
-  if (n < LANES)
-    memcpy(p, part, n * sizeof(T));
-  else if (past_caches)
-    stream(p, part, sizeof part);
+  if (n >= LANES)
+    put_bytes(p, part, sizeof part, past_caches);
   else
-    memcpy(p, part, sizeof part);
+    memcpy(p, part, n * sizeof(T));
 }
 INLINE VEC FN(get_out_)(const OUT *p, ptrdiff_t n) {
   if (n >= LANES) return LOAD_OUT(p);
@@ -35,12 +33,10 @@ INLINE VEC FN(get_out_)(const OUT *p, ptrdiff_t n) {
 INLINE void FN(put_out_)(OUT *p, VEC v, ptrdiff_t n, int past_caches) {
   OUT part[sizeof(VEC) / sizeof(C)];
   STORE_OUT(part, v);
-  if (n < LANES)
-    memcpy(p, part, n * sizeof(OUT));
-  else if (past_caches)
-    stream(p, part, sizeof part);
+  if (n >= LANES)
+    put_bytes(p, part, sizeof part, past_caches);
   else
-    memcpy(p, part, sizeof part);
+    memcpy(p, part, n * sizeof(OUT));
 }
 INLINE VEC FN(get_c_)(const C *p, ptrdiff_t n) {
   VEC v = {0};
