@@ -42,8 +42,10 @@ _reasons: list[str] = []
 @functools.cache
 def start() -> threading.Thread:
     """Loads the result, or has it built; `shortcut` has it when it is there."""
-    thread = threading.Thread(target=_load_or_build, name="hf_rmsnorm build", daemon=True)
     target = _target()
+    thread = threading.Thread(
+        target=_load_or_build, args=(target,), name="hf_rmsnorm build", daemon=True
+    )
     if target is not None and not target.exists():
         _through_python(f"the C++ part is being built, once, as {target}")
         thread.start()
@@ -75,8 +77,7 @@ def _through_python(reason: str) -> None:
     logger.info("CPU calls go through Python: %s", reason)
 
 
-def _load_or_build() -> None:
-    target = _target()
+def _load_or_build(target: Path | None) -> None:
     if target is None:
         return
     if not target.exists():
