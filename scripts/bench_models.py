@@ -33,6 +33,7 @@ from harness.benchmark import (
     add_flags,
     finish,
     interleaved,
+    kernel_times,
     pick_device,
     plot,
     ratio,
@@ -134,11 +135,8 @@ def steps(
 
 def layer_norm_share(call: Callable[[], Any]) -> float:
     """Of the time that a call spends in PyTorch's operations on a CPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    events = profile.key_averages()
-    norms = sum(e.self_cpu_time_total for e in events if "layer_norm" in e.key)
-    return norms / sum(e.self_cpu_time_total for e in events)
+    times = kernel_times(call, torch.device("cpu"), calls=1)
+    return sum(us for name, us in times.items() if "layer_norm" in name) / sum(times.values())
 
 
 def measure(

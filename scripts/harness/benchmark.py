@@ -197,3 +197,24 @@ def ratio(summary: Mapping[str, Any]) -> str:
     """`1.23 (1.20-1.27)`: median and range over rounds of the speed relative to the control."""
     speed = summary["speed"]
     return f"{speed['median']:.2f} ({speed['min']:.2f}-{speed['max']:.2f})"
+
+
+def kernel_times(run: Callable[[], Any], device: torch.device, calls: int = 10) -> dict[str, float]:
+    """Microseconds per call of each kernel (on a CPU: of each operator), by PyTorch's profiler.
+
+    The calls follow each other, so part of the inputs may come from a cache.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    for _ in range(min(3, calls)):
+        run()
+    synchronize()
+    with profile(activities=[activity]) as found:
+        for _ in range(calls):
+            run()
+        synchronize()
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {event.key: getattr(event, name) / calls for event in found.key_averages()}
+    return dict(sorted(((k, v) for k, v in times.items() if v), key=lambda item: -item[1]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness import norms
-from harness.benchmark import Call, synchronize
+from harness.benchmark import Call, kernel_times
 
 COPY = "copy"
 
@@ -143,27 +143,6 @@ def memory_problem(shape: Shape, device: torch.device) -> str | None:
     return f"would take about {tensors * tensor / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
 
 
-def kernel_times(call: Call, device: torch.device) -> dict[str, float]:
-    """Microseconds per call of each kernel (on a CPU: of each operator), by PyTorch's profiler.
-
-    The calls follow each other, so part of the inputs may come from a cache.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = device.type == "cuda"
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    for _ in range(3):
-        call.run()
-    synchronize()
-    with profile(activities=[activity]) as found:
-        for _ in range(10):
-            call.run()
-        synchronize()
-    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    times = {event.key: getattr(event, name) / 10 for event in found.key_averages()}
-    return dict(sorted(((k, v) for k, v in times.items() if v), key=lambda item: -item[1]))
-
-
 def profile_missed(goal: dict[str, Any], rows: list[dict[str, Any]], device: torch.device) -> Any:
     """Where a goal is missed most: kernels and their times, of ours and of the fastest other."""
     place = goal["worst_place"]
@@ -176,7 +155,7 @@ def profile_missed(goal: dict[str, Any], rows: list[dict[str, Any]], device: tor
     functions, _ = norms.available(shape.op, device, [norms.OURS, fastest])
     return {
         name: kernel_times(
-            call_of(norms.PROVIDERS[name], functions[name], inputs, cotangents, place["pass"]),
+            call_of(norms.PROVIDERS[name], functions[name], inputs, cotangents, place["pass"]).run,
             device,
         )
         for name in (norms.OURS, fastest)
