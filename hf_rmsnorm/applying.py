@@ -116,10 +116,13 @@ def add_centers(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
         if type(module) is nn.Embedding and (center.side, center.axis) == ("output", -1):
             become(module, CenteredEmbedding, change)
         elif center.side == "output":
-            change.hooks.append(module.register_forward_hook(_CenterOutput(center)))
+            after = _CenterOutput(center)
+            change.hooks.append(after)
+            module.register_forward_hook(after)
         else:
-            hook = module.register_forward_pre_hook(_CenterInput(center), with_kwargs=True)
-            change.hooks.append(hook)
+            before = _CenterInput(center)
+            change.hooks.append(before)
+            module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 class _CenterOutput:
@@ -162,7 +165,8 @@ def _leave_fast_path(model: nn.Module, swapped: set[str], changes: Changes) -> N
             for child in ("norm1", "norm2"):
                 if (path := f"{name}.{child}".strip(".")) in swapped:
                     module, change = changes.open(model, path)
-                    change.hooks.append(module.register_forward_pre_hook(_call_me))
+                    change.hooks.append(_call_me)
+                    module.register_forward_pre_hook(_call_me)
         elif isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
             _, change = changes.open(model, name)
             set_attribute(parent, change, "use_nested_tensor", False)

@@ -51,6 +51,7 @@ class _Record:
     plan: PatchPlan
     measured: Measurement | None = None
     changes: Changes = field(default_factory=Changes)
+    undoing: bool = False  # or half undone, if that did not end
 
 
 def patch_model(
@@ -114,6 +115,7 @@ def patch_model(
     """
     target = unwrap(model) if isinstance(model, nn.Module) else model
     if isinstance(target, nn.Module) and (record := target.__dict__.get(_RECORD)):
+        _whole(target, [("", target, record)])
         wanted = (norm, record.plan.p if p is None else p)
         if wanted != (record.plan.norm, record.plan.p):
             raise PatchError(
@@ -169,15 +171,16 @@ def apply_plan(model: nn.Module, plan: PatchPlan, measured: Measurement | None =
     """Do what `plan` says to `model`, wholly or not at all."""
     record = _Record(plan, measured)
     try:
+        model.__dict__[_RECORD] = record
         fold_weights(model, plan, record.changes)
         changed = [site for site in plan.sites if site.verdict != "kept"]
         swap_norms(model, plan, changed, record.changes)
         add_centers(model, plan, record.changes)
-        model.__dict__[_RECORD] = record
         for callback in on_patched:
             callback(model, plan)
+        record.changes.settle()
     except BaseException:
-        _undo(model, record)
+        _undo([(model, record)])
         raise
 
 
@@ -205,12 +208,14 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         PatchError: the model is not patched, or weights that the patch folded were trained since
             (their original values would throw that training away).
+        Anything else, Ctrl-C or no memory say, is raised once the model is unpatched. Should that
+        fail too, the model refuses to be saved or patched until another call has finished it.
     """
-    records = _require_records(model)
-    for _, owner, record in records:
+    found = _records(model) if isinstance(model, nn.Module) else []
+    found = found or _require_records(model)
+    for _, owner, record in found:
         _require_untrained(owner, record)
-    for _, owner, record in records:
-        _undo(owner, record)
+    _undo([(owner, record) for _, owner, record in found])
     return model
 
 
@@ -222,16 +227,29 @@ def _require_untrained(model: nn.Module, record: _Record) -> None:
         )
 
 
-def _undo(model: nn.Module, record: _Record) -> None:
-    record.changes.undo(model)
-    if model.__dict__.pop(_RECORD, None) is not None:
+def _undo(patched: list[tuple[nn.Module, _Record]]) -> None:
+    """Take patches back, to the end also if an exception comes in between."""
+    for _, record in patched:
+        record.undoing = True
+    try:
+        _undo_all(patched)
+    except BaseException:
+        _undo_all(patched)
+        raise
+
+
+def _undo_all(patched: list[tuple[nn.Module, _Record]]) -> None:
+    for model, record in patched:
         for callback in on_unpatched:
             callback(model)
+        record.changes.undo(model)
+    for model, _ in patched:
+        model.__dict__.pop(_RECORD, None)
 
 
 def patched_parts(model: nn.Module) -> list[tuple[str, PatchPlan]]:
     """Path in `model` and plan of all that was patched there, each relative to its own path."""
-    return [(name, record.plan) for name, _, record in _records(model)]
+    return [(name, record.plan) for name, _, record in _whole(model, _records(model))]
 
 
 def _records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
@@ -245,7 +263,18 @@ def _records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
 
 def _require_records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
     if isinstance(model, nn.Module) and (found := _records(model)):
-        return found
+        return _whole(model, found)
     raise PatchError(
         f"this {type(model).__name__} was not patched by hf_rmsnorm: call patch_model first"
     )
+
+
+def _whole(
+    model: nn.Module, found: list[tuple[str, nn.Module, _Record]]
+) -> list[tuple[str, nn.Module, _Record]]:
+    if any(record.undoing for _, _, record in found):
+        raise PatchError(
+            f"this {type(model).__name__} is half unpatched, since taking its patch back was "
+            "interrupted: call unpatch_model, which finishes it"
+        )
+    return found

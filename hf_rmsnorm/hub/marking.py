@@ -52,10 +52,10 @@ def _become(part: Any, cls: Any) -> None:
 
 
 def unmark(model: nn.Module) -> None:
-    """Take `mark` back; what else was changed in the config since stays."""
+    """Take `mark` back, however far it came; what else was changed in the config since stays."""
     for _, part in _pretrained(model):
-        if part.__dict__.pop(SAVED, None) is not None:
-            part.__class__ = base_class(type(part))
+        part.__class__ = base_class(type(part))
+        part.__dict__.pop(SAVED, None)
         unmark_config(part.config)
 
 
@@ -63,10 +63,15 @@ def _own_config(model: nn.Module, part: Any) -> Any:
     """A copy of the config of `part`, which all its holders in `model` have instead from now on."""
     copies: dict[int, Any] = {}
     new = copy.deepcopy(part.config, copies)
-    for module in model.modules():
-        held = module.__dict__.get("config")
-        if id(held) in copies:
+    holders = [(m, m.__dict__["config"]) for m in model.modules() if "config" in m.__dict__]
+    holders = [(module, held) for module, held in holders if id(held) in copies]
+    try:
+        for module, held in holders:
             module.__dict__["config"] = copies[id(held)]
+    except BaseException:
+        for module, held in holders:
+            module.__dict__["config"] = held
+        raise
     return new
 
 
