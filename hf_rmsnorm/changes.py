@@ -36,7 +36,6 @@ class ModuleChange:
     attributes: dict[str, Any] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)  # empty slots that were added
     grown: dict[str, tuple[int, int]] = field(default_factory=dict)  # -> (axis, length before)
-    replaced: dict[str, nn.Parameter] = field(default_factory=dict)  # until the patch is done
     hooks: list[Callable[..., Any]] = field(default_factory=list)
 
 
@@ -48,6 +47,7 @@ class Changes:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # originals, on the CPU
     written: dict[str, bytes] = field(default_factory=dict)  # fingerprints of what replaced them
     moved: dict[str, float] = field(default_factory=dict)  # how far from the originals, relatively
+    replaced: dict[str, nn.Parameter] = field(default_factory=dict)  # until the patch is done
 
     def open(self, model: nn.Module, name: str) -> tuple[nn.Module, ModuleChange]:
         """The module called `name`, and a new entry to note its changes in."""
@@ -89,13 +89,12 @@ class Changes:
         old = module._parameters[attribute]
         assert old is not None
         change.grown[attribute] = (axis, old.shape[axis])
-        change.replaced[attribute] = old
+        self.replaced[name] = old
         module._parameters[attribute] = nn.Parameter(extended(old, axis), old.requires_grad)
 
     def settle(self) -> None:
         """The patch is done: what was kept in case that it fails can go."""
-        for change in self.modules:
-            change.replaced.clear()
+        self.replaced.clear()
 
     def touched_since(self, model: nn.Module) -> list[str]:
         """Names of overwritten tensors that hold neither what was written nor, as where an undo was
@@ -122,13 +121,15 @@ class Changes:
                 module._parameters.pop(name, None)
             for hook in change.hooks:
                 _remove_hook(module, hook)
-            module._parameters.update(change.replaced)
             for name, (axis, length) in change.grown.items():
                 now = module._parameters[name]
                 assert now is not None
                 if now.shape[axis] > length:
                     short = now.detach().narrow(axis, 0, length).clone()
                     module._parameters[name] = nn.Parameter(short, now.requires_grad)
+        for name, parameter in self.replaced.items():
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = parameter
         for name, original in self.tensors.items():
             tensor = get_tensor(model, name)
             _overwrite(tensor, _cut(original, tensor))
