@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,25 +56,25 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def patch(arguments: argparse.Namespace) -> int:
     """Write the patched checkpoint; beside first, so that a failure leaves nothing half-written."""
+    from .hub.folders import check_replaceable, move_into
+    from .hub.moving import staging
+
     out, source = Path(arguments.out), Path(arguments.model)
     if source.exists() and source.resolve().is_relative_to(out.resolve()):
         raise PatchError(f"{out} holds the unpatched model, which would be lost: choose another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
         raise PatchError(f"{out} exists and is not empty: choose another, or pass --overwrite")
+    if out.is_dir():
+        check_replaceable(out)
     model: Any = patch_model(_load(arguments.model, arguments), **_patch_arguments(arguments))
     report = patch_report(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
-        target = Path(beside) / out.name
+    with staging(out) as staged:
         if (out / "README.md").is_file():  # saving merges a card that is there
-            target.mkdir()
-            shutil.copy2(out / "README.md", target)
-        model.save_pretrained(target)
-        _copy_processor(arguments.model, target)
-        (target / PLAN_FILE).write_text(report.plan.to_json() + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        target.rename(out)
+            shutil.copy2(out / "README.md", staged)
+        model.save_pretrained(staged)
+        _copy_processor(arguments.model, staged)
+        (staged / PLAN_FILE).write_text(report.plan.to_json() + "\n", encoding="utf-8")
+        move_into(staged, out, replace=True)
     print(report)
     print(f"written to {out}; load it with hf_rmsnorm.from_pretrained({str(out)!r})")
     return 0

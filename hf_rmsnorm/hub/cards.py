@@ -23,6 +23,8 @@ from .autos import auto_class, task
 from .card_merge import merge
 from .card_results import METRICS, TASK, eval_results, texts
 from .configs import MODEL_TYPE
+from .folders import read_json
+from .moving import write_file
 from .records import RECORD, check_record
 from .runs import Run, read_run
 
@@ -64,7 +66,7 @@ def write_card(
     found = None if run is None else read_run(run, arm, config[RECORD])
     base = base_model or (found and found.base_model) or _hub_name(start)
     if found is None and not (known_card or folder / "README.md").exists():
-        return _write(folder / "README.md", _new_text(json.dumps(config), base, tuple(tags)))
+        return write_file(folder / "README.md", _new_text(json.dumps(config), base, tuple(tags)))
     card = _with_tags(make_card(config, found, base), tags)
     replace = ("base_model",) if base_model else ()
     return save_card(folder / "README.md", card, replace, known_card)
@@ -80,15 +82,7 @@ def save_card(
         known_card: the file to merge into; what is at `path` if not given.
     """
     known = known_card or path
-    return _write(path, merge(known, card, replace) if known.exists() else str(card))
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
-    return beside.replace(path)
+    return write_file(path, merge(known, card, replace) if known.exists() else str(card))
 
 
 @lru_cache(maxsize=8)
@@ -105,13 +99,10 @@ def _with_tags(card: ModelCard, tags: Iterable[str]) -> ModelCard:
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a patched checkpoint."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PatchError(f"{folder} is not a checkpoint: it has no config.json") from None
-    except ValueError as error:
-        raise PatchError(f"{path} is not JSON: {error}") from None
-    check_record(config.get(RECORD) if isinstance(config, dict) else None, str(path))
+    if not path.is_file():
+        raise PatchError(f"{folder} is not a checkpoint: it has no config.json")
+    config = read_json(path)
+    check_record(config.get(RECORD), str(path))
     return config
 
 

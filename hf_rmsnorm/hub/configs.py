@@ -83,12 +83,12 @@ def stock_class(model: Any, config: Any) -> Iterator[None]:
     whole."""
     ours = type(config)
     stock = ours.__mro__[1] if ours.model_type == MODEL_TYPE else ours
-    config.__class__ = model.__dict__["config_class"] = stock
     try:
+        config.__class__ = model.__dict__["config_class"] = stock
         yield
     finally:
         config.__class__ = ours
-        del model.__dict__["config_class"]
+        model.__dict__.pop("config_class", None)
 
 
 class RMSNormAutoConfig(PreTrainedConfig):

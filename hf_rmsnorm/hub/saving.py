@@ -25,7 +25,8 @@ from . import modeling
 from .autos import auto_map
 from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
-from .folders import move_into, staging
+from .folders import move_into
+from .moving import staging, write_file
 from .parts import SAVED, what_to_save
 from .records import RECORD
 
@@ -106,10 +107,10 @@ def _saving_config(
             )
         else:
             config.auto_map = known
-    model.config = config
-    if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
-        model.__class__ = base
     try:
+        model.config = config
+        if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
+            model.__class__ = base
         yield
     finally:
         model.config, model.__class__ = old, cls
@@ -118,7 +119,7 @@ def _saving_config(
 def _write_code(model: Any, folder: Path) -> None:
     """The modeling file, if the config names it."""
     if getattr(model.config, "auto_map", None) and is_marked(model.config):
-        (folder / modeling.FILE).write_text(modeling.source(), encoding="utf-8")
+        write_file(folder / modeling.FILE, modeling.source())
 
 
 def _write_card(staged: Path, target: Path, model: Any, upload: dict[str, Any] | None) -> None:
@@ -194,11 +195,11 @@ def _watch_saving(native: Any) -> None:
         if saved is None:
             native(self, *args, **kwargs)
             return
-        own[SAVED] = saved
         try:
+            own[SAVED] = saved
             save_patched(self, type(self), *args, **kwargs)
         finally:
-            del own[SAVED]
+            own.pop(SAVED, None)
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 

@@ -32,7 +32,7 @@ class Lines:
     package does about the exception runs undisturbed.
     """
 
-    def __init__(self, at: int | None = None, error: type[BaseException] = Injected):
+    def __init__(self, at: int | None = None, error: Callable[[str], BaseException] = Injected):
         self.at, self.error, self.count, self.where = at, error, 0, ""
 
     def __enter__(self) -> Lines:
