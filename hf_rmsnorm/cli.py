@@ -174,17 +174,22 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
 
     from .hub.folders import check_exists
     from .hub.loading import from_pretrained
+    from .hub.weights import named_class, typed_errors
 
     check_exists(path)
     transformers.utils.logging.disable_progress_bar()
     if not getattr(arguments, "random_weights", False):
         return from_pretrained(
-            path, dtype=arguments.dtype, trust_remote_code=arguments.trust
+            path,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust,
+            new_weights=arguments.new_weights,
         ).eval()
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust)
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
     torch.manual_seed(0)
-    model: nn.Module = cls(config) if cls else transformers.AutoModel.from_config(config)
+    with typed_errors(path):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust)
+        cls = named_class({"architectures": config.architectures}, path)
+        model: nn.Module = cls(config) if cls else transformers.AutoModel.from_config(config)
     with torch.no_grad():  # fresh ones and zeros would make post-norm models look convertible
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -218,6 +223,13 @@ def _parser() -> argparse.ArgumentParser:
     loading = argparse.ArgumentParser(add_help=False, parents=[trusting])
     loading.add_argument("model", help="checkpoint folder or hub name")
     loading.add_argument("--dtype", default="auto", help="dtype to load in (default: as saved)")
+    loading.add_argument(
+        "--new-weights",
+        nargs="+",
+        default=(),
+        metavar="GLOB",
+        help="weights that may be missing, and then start at random",
+    )
 
     patching = argparse.ArgumentParser(add_help=False)
     patching.add_argument("--norm", choices=NORMS, default="rmsnorm", help="default: rmsnorm")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from . import saving
 from .autos import heads
 from .configs import MODEL_TYPE, config_class, stock_class
 from .exactness import Evidence, off_centre
-from .folders import check_exists, check_folder
+from .folders import check_exists, check_folder, check_object
 from .parts import SAVED
 from .records import RECORD, check_record, config_file, folds_of, from_record, gains
+from .weights import load_whole, named_class, typed_errors
 
 _model_classes: dict[Any, Any] = {}
 
@@ -40,6 +43,10 @@ def model_class(base: Any) -> Any:
             with stock_class(self, config):
                 base.__init__(self, config, *args, **kwargs)
             apply_plan(self, from_record(self, record, where))
+
+        def from_pretrained(cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+            load = base.from_pretrained.__func__
+            return load_whole(functools.partial(load, cls), path, *args, **kwargs)
 
         def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
             saving.save_patched(self, base, *args, **kwargs)
@@ -62,6 +69,7 @@ def model_class(base: Any) -> Any:
             ),
             "_auto_class": None,
             "config_class": config_class(base.config_class),
+            "from_pretrained": classmethod(from_pretrained),
             "save_pretrained": save_pretrained,
             "push_to_hub": push_to_hub,
             "__reduce_ex__": reduce,
@@ -91,7 +99,9 @@ def register_models(base: Any) -> None:
         auto.register(config_class(base), ours if len(ours) > 1 else ours[0], exist_ok=True)
 
 
-def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    path_or_repo: str | Path, *, new_weights: str | Sequence[str] = (), **kwargs: Any
+) -> PreTrainedModel:
     """Load a checkpoint with the class its config names, patched if it was saved patched.
 
     Sugar over `AutoModelFor...from_pretrained`, for local folders and hub names. A checkpoint in
@@ -100,25 +110,28 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path_or_repo: a folder written by `save_pretrained`, or a hub repository.
+        new_weights: glob patterns over the names of weights that may be missing, and then start at
+            random. None other do, but with `ignore_mismatched_sizes=True` those of another shape.
         kwargs: as for `AutoModel.from_pretrained`.
 
     Raises:
-        PatchError: a folder that is not there or no whole checkpoint, or a patched checkpoint whose
-            record is missing, damaged, or does not fit its weights.
+        PatchError: a folder that is not there or no whole checkpoint, weights that would be random,
+            or a patched checkpoint whose record is missing, damaged, or does not fit its weights.
         OSError: no such hub repository (from transformers).
     """
     check_exists(path_or_repo)
     check_folder(Path(path_or_repo) / (kwargs.get("subfolder") or ""))
     hub = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    config, _ = PreTrainedConfig.get_config_dict(
-        path_or_repo, **{key: kwargs[key] for key in hub if key in kwargs}
-    )
+    with typed_errors(str(path_or_repo)):
+        config, _ = PreTrainedConfig.get_config_dict(
+            path_or_repo, **{key: kwargs[key] for key in hub if key in kwargs}
+        )
+        check_object(config, config_file(path_or_repo))
     patched, record = config.get("model_type") == MODEL_TYPE, config.get(RECORD)
     where = config_file(path_or_repo)
     if record is not None or patched:
         check_record(record, where)
-    names = config.get("architectures") or ()
-    base: Any = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    base: Any = named_class(config, where)
     if base is None:
         base = transformers.AutoModel
     elif patched:
@@ -128,7 +141,11 @@ def from_pretrained(path_or_repo: str | Path, **kwargs: Any) -> PreTrainedModel:
                 "edited since hf_rmsnorm wrote it"
             )
         base = model_class(base)
-    loaded = base.from_pretrained(path_or_repo, **kwargs)
+    with typed_errors(str(path_or_repo)):
+        load = (
+            base.from_pretrained if patched else functools.partial(load_whole, base.from_pretrained)
+        )
+        loaded = load(path_or_repo, new_weights=new_weights, **kwargs)
     if record is not None and not patched:
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         _patch_again(model, record, where)

@@ -154,8 +154,8 @@ def _finish(beside: Path, target: Path) -> None:
         (beside / JOURNAL).unlink()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PatchError(
-            f"a save into {target} was killed while its files were moved in, and cannot be finished "
-            f"({error}): {beside} has the new files in staged, the old ones in backup"
+            f"a save into {target} was killed while its files were moved in, and cannot be "
+            f"finished ({error}): {beside} has the new files in staged, the old ones in backup"
         ) from None
     warnings.warn(
         f"a save into {target} was killed while its files were moved in: it is finished now",
@@ -178,7 +178,7 @@ def write_file(path: Path, text: str) -> Path:
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
-        with open(os.open(fresh, flags, 0o666), "w", newline="", encoding="utf-8") as file:
+        with os.fdopen(os.open(fresh, flags, 0o666), "w", newline="", encoding="utf-8") as file:
             file.write(text)
         return fresh.replace(path)
     except BaseException:

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import hf_rmsnorm
 import torch
 from torch import nn
+
+import hf_rmsnorm
 
 PACKAGE = str(Path(hf_rmsnorm.__file__).parent)
 _TABLES = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
