@@ -11,6 +11,7 @@ from torch import nn
 
 from .applying import add_centers, fold_weights, swap_norms
 from .changes import Changes
+from .checking import check_fits
 from .errors import PatchError
 from .plan import PatchPlan, Site
 from .planning import Inputs, plan_patch, resolve_inputs
@@ -167,8 +168,26 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def apply_plan(model: nn.Module, plan: PatchPlan, measured: Measurement | None = None) -> None:
-    """Do what `plan` says to `model`, wholly or not at all."""
+def apply_plan(
+    model: nn.Module,
+    plan: PatchPlan,
+    measured: Measurement | None = None,
+    *,
+    what: str = "the plan",
+) -> None:
+    """Do what `plan` says to `model`, wholly or not at all.
+
+    Args:
+        what: to call the plan, in errors.
+
+    Raises:
+        PatchError: the plan is not valid, or not for this model, or that is patched already.
+    """
+    if _RECORD in model.__dict__:
+        raise PatchError(
+            f"this {type(model).__name__} is already patched: call unpatch_model first"
+        )
+    check_fits(plan, model, what)
     record = _Record(plan, measured)
     try:
         model.__dict__[_RECORD] = record

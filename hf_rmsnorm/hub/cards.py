@@ -25,8 +25,9 @@ from .card_results import METRICS, TASK, eval_results, texts
 from .configs import MODEL_TYPE
 from .folders import read_json
 from .moving import write_file
-from .records import RECORD, check_record
+from .records import RECORD
 from .runs import Run, read_run
+from .valid import valid_record
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -102,7 +103,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise PatchError(f"{folder} is not a checkpoint: it has no config.json")
     config = read_json(path)
-    check_record(config.get(RECORD), str(path))
+    valid_record(config.get(RECORD), str(path))
     return config
 
 

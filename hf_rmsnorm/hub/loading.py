@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..checking import check_fits
 from ..errors import PatchError
 from ..patching import apply_plan
 from ..plan import PatchPlan
@@ -24,7 +26,8 @@ from .configs import MODEL_TYPE, config_class, stock_class
 from .exactness import Evidence, off_centre
 from .folders import check_exists, check_folder, check_object
 from .parts import SAVED
-from .records import RECORD, check_record, config_file, folds_of, from_record, gains
+from .records import RECORD, config_file, folds_of, from_record, gains
+from .valid import valid_record
 from .weights import load_whole, named_class, typed_errors
 
 _model_classes: dict[Any, Any] = {}
@@ -39,10 +42,11 @@ def model_class(base: Any) -> Any:
 
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             where = config_file(config.name_or_path)
-            record = check_record(getattr(config, RECORD, None), where)
+            record = valid_record(getattr(config, RECORD, None), where)
             with stock_class(self, config):
                 base.__init__(self, config, *args, **kwargs)
-            apply_plan(self, from_record(self, record, where))
+            plan = from_record(self, record, where)
+            apply_plan(self, plan, what=f"the patch record in {where}")
 
         def from_pretrained(cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
             load = base.from_pretrained.__func__
@@ -130,7 +134,7 @@ def from_pretrained(
     patched, record = config.get("model_type") == MODEL_TYPE, config.get(RECORD)
     where = config_file(path_or_repo)
     if record is not None or patched:
-        check_record(record, where)
+        valid_record(record, where)
     base: Any = named_class(config, where)
     if base is None:
         base = transformers.AutoModel
@@ -155,6 +159,7 @@ def from_pretrained(
 def _patch_again(model: Any, record: dict[str, Any], where: str) -> None:
     """The patch of a stock checkpoint, whose weights are folded already."""
     plan, folds = from_record(model, record, where), folds_of(model, record, where)
+    check_fits(replace(plan, folds=folds), model, f"the patch record in {where}")
     if changed := _changed_since(model, plan, folds, record["gains"]):
         raise PatchError(
             f"{where} says that the weights were folded for RMSNorm, but {changed}: the checkpoint "

@@ -28,7 +28,7 @@ SITE = {
     "class_name": "LayerNorm",
     "verdict": "approximate",
     "reason": "centring dropped, |mean|/rms up to 0.1",
-    "spec": None,
+    "spec": {"kind": "layernorm", "normalized_shape": [24], "eps": 1e-5},
     "mean_free": False,
     "leftover": None,
 }
@@ -196,6 +196,7 @@ def test_odd_but_legal_configs(tmp_path: Path) -> None:
     assert "prmsnorm" in metadata(text)["tags"] and "pRMSNorm (p = 0.333333)" in text
     centers = [{"name": "wte", "base": True, "side": "output", "key": None, "axis": -1}]
     widens = [{"name": "h.*.mlp.up", "base": True, "down": "h.*.mlp.down"}]
+    widens[0] |= {"up_axis": 0, "down_axis": 1}
     more = {**RECORD, "centers": centers, "widens": widens}
     text = write_card(folder(tmp_path, {**OWN, "hf_rmsnorm": more})).read_text()
     assert "the mean at the output of `wte`" in text and "hidden unit each: `h.*.mlp.up`" in text
