@@ -149,7 +149,7 @@ def make_card(
         data["eval_results"] = eval_results(run) or None
         measured = texts(run)
     text = _template().render(
-        card_data=data.to_yaml(),
+        card_data=_Whole(data.to_yaml()),
         base_model=base_model,
         title=f"{facts['model_class'] or facts['base_type'] or 'Language model'} with {norm_name}",
         norm_name=norm_name,
@@ -167,7 +167,19 @@ def make_card(
 @cache
 def _template() -> jinja2.Template:
     """As in `ModelCard.from_template`, which would compile it for every card: most of the time."""
-    return jinja2.Template(TEMPLATE.read_text(encoding="utf-8"))
+    return jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), finalize=_in_a_line)
+
+
+class _Whole(str):
+    """Text that a template takes over as it is."""
+
+
+def _in_a_line(value: object) -> object:
+    """Names and reasons come from elsewhere: no line break, comment or mark of ours in them."""
+    if isinstance(value, _Whole) or not isinstance(value, str):
+        return value
+    line = " ".join(value.splitlines()) if value.strip() else value
+    return line.replace("<!--", "&lt;!--").replace("-->", "--&gt;")
 
 
 def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,4 +222,9 @@ def _rows(sites: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
         for site in sites
     ]
     unique = dict.fromkeys(tuple(row.items()) for row in rows)
-    return [{key: text.replace("|", "\\|") for key, text in row} for row in unique]
+    return [{key: _in_a_cell(text, key) for key, text in row} for row in unique]
+
+
+def _in_a_cell(text: str, key: str) -> str:
+    text = text.replace("|", "\\|")
+    return text.replace("`", "'") if key in ("name", "class_name") else text  # in quotes there

@@ -202,6 +202,34 @@ def test_odd_but_legal_configs(tmp_path: Path) -> None:
     assert "the mean at the output of `wte`" in text and "hidden unit each: `h.*.mlp.up`" in text
 
 
+@pytest.mark.parametrize("odd", [END, BEGIN, "a\n\n# b", "<!-- c", "a\u2028b | `c`", "{{ 7 }}"])
+def test_what_names_and_reasons_may_hold(tmp_path: Path, odd: str) -> None:
+    plain = write_card(folder(tmp_path / "plain", OWN)).read_text()
+    site = {**SITE, "name": f"h.{odd}", "class_name": odd, "reason": odd}
+    center = {"name": odd, "base": True, "side": "output", "key": None, "axis": -1}
+    record = {**RECORD, "sites": [site, RECORD["sites"][1]], "centers": [center]}
+    config = {**OWN, "architectures": [odd], "hf_rmsnorm": record}
+    path = write_card(folder(tmp_path / "odd", config, "Mine."), base_model="a/b")
+    text = path.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `h.")]
+    assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 5
+    assert text.count("<!--") == text.count("-->") == plain.count("<!--") == 2
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        line for line in plain.splitlines() if line.startswith("## ")
+    ]
+    assert write_card(tmp_path / "odd", base_model="a/b").read_text() == text, "found again"
+
+
+def test_a_card_is_not_written_through_a_link(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    path = folder(tmp_path / "model", OWN)
+    for name in ("README.md.partial", ".README.md.partial"):
+        (path / name).symlink_to(secret)
+    write_card(path)
+    assert secret.read_text() == "secret" and "hf_rmsnorm" in (path / "README.md").read_text()
+
+
 def test_a_card_that_trainer_wrote_over_ours_gets_the_section_back(tmp_path: Path) -> None:
     write_card(folder(tmp_path, OWN))
     summary = TrainingSummary(
