@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .autocast import AUTOCAST_OUTPUTS, direct_sites
 from .errors import PatchError
 from .functional import statistic_size
+from .optional_inputs import optional_inputs
 from .plan import PatchPlan, Site, Verdict, site_table
 from .probe_inputs import make_inputs
 from .probing import ProbeResult, probe
@@ -25,6 +27,7 @@ NORMS = ("rmsnorm", "prmsnorm")
 STRATEGIES = ("auto", "exact", "direct")
 POST_NORMS = ("extra_neuron",)
 DEFAULT_P = 0.0625  # the paper's
+PRUNED = 0.2  # share of zeros from which a weight counts as pruned
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
@@ -40,6 +43,7 @@ def plan_patch(
     inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    hold: str | Sequence[str] = (),
     autocast_output: str = "auto",
     verify: bool = True,
 ) -> PatchPlan:
@@ -53,8 +57,37 @@ def plan_patch(
         >>> plan.summary()
         '1 norm sites -> rmsnorm, strategy direct: 0 exact, 1 approximate, 0 kept'
     """
+    return plan_and_inputs(
+        model,
+        norm,
+        p=p,
+        strategy=strategy,
+        post_norm=post_norm,
+        inputs=inputs,
+        include=include,
+        exclude=exclude,
+        hold=hold,
+        autocast_output=autocast_output,
+    )[0]
+
+
+def plan_and_inputs(
+    model: nn.Module,
+    norm: str,
+    *,
+    p: float | None,
+    strategy: str,
+    post_norm: str | None,
+    inputs: Inputs,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    hold: str | Sequence[str],
+    autocast_output: str,
+) -> tuple[PatchPlan, list[Mapping[str, Any]]]:
+    """The plan, and the inputs that it was made with; none where nothing was run."""
     share = check_arguments(model, norm, p, strategy)
     check_post_norm(post_norm, strategy)
+    held = check_hold(hold, strategy)
     if autocast_output not in AUTOCAST_OUTPUTS:
         raise PatchError(
             f"autocast_output must be one of {', '.join(AUTOCAST_OUTPUTS)}; got {autocast_output!r}"
@@ -70,15 +103,18 @@ def plan_patch(
         for site in sites
         if site.verdict == "approximate" and site.spec and site.spec.kind == "layernorm"
     }
-    plan = PatchPlan(norm, share, strategy, tuple(sites))
-    kwargs = None if inputs is None else resolve_inputs(model, inputs)
+    plan = PatchPlan(norm, share, strategy, tuple(sites), hold=held)
+    kwargs = [] if inputs is None else resolve_inputs(model, inputs)
     if targets and strategy != "direct":
         require_plain_weights(model)
-        kwargs = kwargs or resolve_inputs(model, None)
-        result = probe(model, targets, kwargs)
+        more = None
+        if not kwargs:
+            kwargs = resolve_inputs(model, None, held)
+            more = functools.partial(optional_inputs, model, dict(kwargs[0]))
+        result = probe(model, targets, kwargs, more, held)
         absorb, widen = strategy == "auto", post_norm == "extra_neuron"
         if result.kept.keys() & result.leftover.keys() and (absorb or widen):
-            result = improve(model, targets, kwargs, result, absorb=absorb, widen=widen)
+            result = improve(model, targets, kwargs, result, absorb=absorb, widen=widen, hold=held)
         plan = replace(
             plan,
             sites=tuple(with_probe(s, result, plan) if s.name in targets else s for s in sites),
@@ -89,10 +125,13 @@ def plan_patch(
             centers=result.centers,
             assumed=result.assumed,
             moved=result.moved,
+            unreached=result.unreached,
+            reached=result.reached,
+            filled=pruned(model, result),
             precision=result.dtype,
         )
     require_work(plan)
-    return with_autocast(plan, model, autocast_output, kwargs)
+    return with_autocast(plan, model, autocast_output, kwargs), kwargs
 
 
 def check_arguments(model: object, norm: str, p: float | None, strategy: str) -> float:
@@ -138,6 +177,26 @@ def check_post_norm(post_norm: str | None, strategy: str) -> None:
             f'post_norm={post_norm!r} changes weights, which strategy="direct" never does: use '
             '"auto" or "exact"'
         )
+
+
+def check_hold(hold: str | Sequence[str], strategy: str) -> tuple[str, ...]:
+    """The patterns of `hold`; `"all"` is every output."""
+    patterns = ("*",) if hold == "all" else (hold,) if isinstance(hold, str) else tuple(hold)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise PatchError(f'hold must be "all" or a list of patterns of outputs, got {hold!r}')
+    if patterns and strategy == "direct":
+        raise PatchError(
+            'hold= asks for outputs that do not move, which strategy="direct" cannot promise: use '
+            '"auto" or "exact"'
+        )
+    return patterns
+
+
+def pruned(model: nn.Module, result: ProbeResult) -> tuple[str, ...]:
+    """The folded weights that are sparse: folding fills their zeros."""
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    shares = {f.parameter: (tensors[f.parameter] == 0).double().mean() for f in result.folds}
+    return tuple(name for name, share in shares.items() if PRUNED < share < 1)
 
 
 def clean_name(name: str) -> str:
@@ -228,7 +287,21 @@ def with_probe(site: Site, result: ProbeResult, plan: PatchPlan) -> Site:
             reason = f"{result.exact[name]}; {partial}"
             return replace(site, reason=reason, mean_free=True, leftover=leftover)
         reason = result.exact[name]
-        return replace(site, verdict="exact", reason=reason, mean_free=True, leftover=leftover)
+        if missing := result.unproven.get(name):
+            reason = (
+                f"exact on the paths probed; {missing} was never reached: pass inputs= that reach "
+                f"it ({reason})"
+            )
+            if plan.strategy == "exact":
+                return replace(site, verdict="kept", reason=reason, leftover=leftover)
+        return replace(
+            site,
+            verdict="exact",
+            reason=reason,
+            mean_free=True,
+            leftover=leftover,
+            unproven=bool(missing),
+        )
     reason = result.kept[name]
     if plan.strategy == "exact":
         return replace(site, verdict="kept", reason=reason, leftover=leftover)
@@ -241,14 +314,14 @@ def with_autocast(
     plan: PatchPlan,
     model: nn.Module,
     output: str,
-    inputs: Sequence[Mapping[str, Any]] | None,
+    inputs: Sequence[Mapping[str, Any]],
 ) -> PatchPlan:
     """`plan` with the dtype that each site's norm gives under autocast."""
     chosen: dict[str, Any] = {}
     changed = [site for site in plan.sites if site.verdict != "kept" and site.spec]
     if output == "input":
         chosen = {site.name: "input" for site in changed}
-    elif output == "auto" and inputs is not None:
+    elif output == "auto" and inputs:
         upcast = {
             site.name: site.spec.autocast_float32
             for site in changed
@@ -259,10 +332,14 @@ def with_autocast(
     return replace(plan, sites=tuple(sites))
 
 
-def resolve_inputs(model: nn.Module, inputs: Inputs) -> list[Mapping[str, Any]]:
-    """The user's inputs as a list, or made ones."""
+def resolve_inputs(
+    model: nn.Module, inputs: Inputs, hold: Sequence[str] = ()
+) -> list[Mapping[str, Any]]:
+    """The user's inputs as a list, or made ones, which ask for the hidden states if `hold` does."""
     if inputs is None:
-        return list(make_inputs(model))
+        shown = any(pattern.startswith("hidden_states") for pattern in hold)
+        asked = {"output_hidden_states": True} if shown else {}
+        return [{**made, **asked} for made in make_inputs(model)]
     found = [inputs] if isinstance(inputs, Mapping) else inputs
     if (
         not isinstance(found, Sequence)

@@ -18,7 +18,7 @@ LAYERS = [
     {"functional"},
     {"modules", "recipes", "probe_inputs"},
     {"probing", "layers"},
-    {"plan"},
+    {"plan", "optional_inputs"},
     {"autocast"},
     {"planning", "changes"},
     {"applying", "verification"},
