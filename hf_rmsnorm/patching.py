@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from .applying import add_centers, fold_weights, swap_norms
+from .arguments import Inputs, unwrap
 from .changes import Changes
 from .errors import PatchError
 from .plan import PatchPlan, Site, pattern_list
-from .planning import Inputs, plan_and_inputs
+from .planning import plan_and_inputs
 from .verification import Measurement
 from .verification import verify as verify_plan
 
@@ -183,19 +184,9 @@ def _warn(plan: PatchPlan, measured: Measurement | None) -> None:
         )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, `DistributedDataParallel` and `DataParallel` wrappers."""
-    while True:
-        if type(model).__name__ == "OptimizedModule":
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
-
-
 def apply_plan(model: nn.Module, plan: PatchPlan, measured: Measurement | None = None) -> None:
     """Do what `plan` says to `model`, wholly or not at all."""
+    model = unwrap(model)
     record = _Record(plan, measured)
     try:
         fold_weights(model, plan, record.changes)

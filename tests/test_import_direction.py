@@ -18,7 +18,7 @@ LAYERS = [
     {"functional"},
     {"modules", "recipes", "probe_inputs"},
     {"probing", "layers"},
-    {"plan", "optional_inputs"},
+    {"plan", "optional_inputs", "arguments"},
     {"autocast"},
     {"planning", "changes"},
     {"applying", "verification"},
