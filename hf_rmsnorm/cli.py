@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from . import ops
+from .arguments import NORMS, POST_NORMS, STRATEGIES, resolve_inputs
 from .errors import PatchError, VerificationError
 from .patching import patch_model, patch_report
-from .planning import NORMS, POST_NORMS, STRATEGIES, plan_patch, resolve_inputs
+from .planning import plan_patch
 from .probing import relative_change, run_outputs
 
 PLAN_FILE = "hf_rmsnorm_plan.json"

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from .applying import add_centers, fold_weights, swap_norms
+from .arguments import Inputs, unwrap
 from .changes import Changes
 from .checking import check_fits
 from .errors import PatchError
-from .plan import PatchPlan, Site
-from .planning import Inputs, plan_patch, resolve_inputs
+from .plan import PatchPlan, Site, pattern_list
+from .planning import plan_and_inputs
 from .verification import Measurement
 from .verification import verify as verify_plan
 
@@ -65,6 +66,7 @@ def patch_model(
     inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    hold: str | Sequence[str] = (),
     autocast_output: str = "auto",
     verify: bool = True,
 ) -> nn.Module:
@@ -88,9 +90,15 @@ def patch_model(
             plain blocks with GELU, ReLU or what else is the identity on [8, 24]; norms after
             attention stay approximate; in low precision the outputs' error grows somewhat.
         inputs: keyword arguments for the model's forward, one dict or several, to probe it with;
-            made from the config for Transformers models. `"direct"` needs none.
+            made from the config for Transformers models, for its optional branches too. A verdict
+            holds for the paths that they take: weights they do not reach are named. `"direct"`
+            needs none.
         include: glob patterns over module names; only these sites are patched.
         exclude: glob patterns over module names to leave alone.
+        hold: outputs that must not move beside the main ones, as glob patterns over their names:
+            `["vision_model_output"]`, `["hidden_states"]`; or `"all"`. Outputs that show the inside
+            of a model lose their mean over the features where folds change the stream, which a
+            warning says.
         autocast_output: what the norms give under `torch.autocast` (see `RMSNorm`). `"float32"`:
             as nn.LayerNorm. `"input"`: x's dtype. `"auto"`: autocast's dtype, wherever running
             the model shows that its outputs stay the same to the bit; float32 elsewhere, and
@@ -128,44 +136,55 @@ def patch_model(
             stacklevel=2,
         )
         return model
-    plan = plan_patch(
-        target,
-        norm,
-        p=p,
-        strategy=strategy,
-        post_norm=post_norm,
-        inputs=inputs,
-        include=include,
-        exclude=exclude,
-        autocast_output=autocast_output,
-    )
     measured = None
     with torch.inference_mode(False):
+        plan, probed = plan_and_inputs(
+            target,
+            norm,
+            p=p,
+            strategy=strategy,
+            post_norm=post_norm,
+            inputs=inputs,
+            include=include,
+            exclude=exclude,
+            hold=hold,
+            autocast_output=autocast_output,
+        )
         if verify and plan.precision:
-            measured = verify_plan(target, plan, resolve_inputs(target, inputs), apply_plan)
+            measured = verify_plan(target, plan, probed, apply_plan)
         apply_plan(target, plan, measured)
+    _warn(plan, measured)
+    return model
+
+
+def _warn(plan: PatchPlan, measured: Measurement | None) -> None:
+    """What a user must know of a patch that was made."""
     approximate = plan.count("approximate")
-    if strategy == "auto" and approximate:
+    if plan.strategy == "auto" and approximate:
         moved = f" (outputs moved by {measured.change:.1e})" if measured else ""
         instead = "" if plan.p < 1 else ', or patch with strategy="exact" to leave those alone'
         warnings.warn(
             f"{approximate} of {len(plan.sites)} norm sites were changed approximately{moved}: "
             f"fine-tune the model before use{instead}; print(patch_report(model)) has the reason "
             "for each",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, `DistributedDataParallel` and `DataParallel` wrappers."""
-    while True:
-        if type(model).__name__ == "OptimizedModule":
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
+    unproven = sum(site.unproven for site in plan.sites)
+    if unproven and plan.strategy == "auto":
+        names = pattern_list(plan.unreached)
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"{unproven} of {len(plan.sites)} norm sites are exact on the paths probed alone: the "
+            f"inputs never reached {', '.join(names[:3])}{rest}. Pass inputs= that reach them, or "
+            'patch with strategy="exact" to leave those sites alone',
+            stacklevel=3,
+        )
+    if plan.moved and any(site.verdict == "exact" for site in plan.sites):
+        warnings.warn(
+            f"these outputs lose their mean over the features: {', '.join(plan.moved)}. If they "
+            'are used, patch with hold=[...] of their names, or hold="all"',
+            stacklevel=3,
+        )
 
 
 def apply_plan(
@@ -183,6 +202,7 @@ def apply_plan(
     Raises:
         PatchError: the plan is not valid, or not for this model, or that is patched already.
     """
+    model = unwrap(model)
     if _RECORD in model.__dict__:
         raise PatchError(
             f"this {type(model).__name__} is already patched: call unpatch_model first"

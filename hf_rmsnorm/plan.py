@@ -35,6 +35,8 @@ class Site:
             that dropping the centring alone changes nothing.
         leftover: largest |mean| / rms seen at its input after folds and centres; `None` if not
             measured.
+        unproven: `exact` holds on the paths probed alone: the probe inputs never reached a weight
+            that may write to what this norm reads; `reason` names it.
         autocast_output: dtype of its output under autocast; see `RMSNorm`.
     """
 
@@ -45,6 +47,7 @@ class Site:
     spec: NormSpec | None = None
     mean_free: bool = False
     leftover: float | None = None
+    unproven: bool = False
     autocast_output: Literal["float32", "input", "autocast"] = "float32"
 
 
@@ -62,6 +65,12 @@ class PatchPlan:
         assumed: parameters that the probe inputs never reached, folded like their siblings.
         moved: outputs beside the main ones (hidden states, outputs of sub-models) that the folds
             change: they lose their mean over the features.
+        hold: patterns of the outputs that must not move, beside the main ones.
+        unreached: parameters and buffers that the probe inputs never reached and that may write to
+            what a norm reads, with no reached sibling to show what they do.
+        reached: how many parameters and buffers the inputs reached, and of how many; `None` where
+            nothing was run.
+        filled: folded weights of which many entries were zero (pruned), and are no longer.
         precision: dtype that the probe computed in; empty where no probe was needed.
     """
 
@@ -76,6 +85,10 @@ class PatchPlan:
     centers: tuple[Center, ...] = ()
     assumed: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
+    hold: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    reached: tuple[int, int] | None = None
+    filled: tuple[str, ...] = ()
     precision: str = ""
     version: Annotated[int, Ge(1), Le(FORMAT_VERSION)] = FORMAT_VERSION
 
@@ -85,7 +98,12 @@ class PatchPlan:
     def summary(self) -> str:
         """One line: how many sites, and how many of each verdict."""
         target = self.norm if self.p == 1.0 else f"{self.norm} (p={self.p:g})"
-        counts = ", ".join(f"{self.count(v)} {v}" for v in ("exact", "approximate", "kept"))
+        unproven = sum(site.unproven for site in self.sites)
+        aside = f" ({unproven} on the paths probed alone)" if unproven else ""
+        counts = ", ".join(
+            f"{self.count(v)} {v}{aside if v == 'exact' else ''}"
+            for v in ("exact", "approximate", "kept")
+        )
         line = f"{len(self.sites)} norm sites -> {target}, strategy {self.strategy}: {counts}"
         if self.folds or self.centers:
             line += f"; {len(self.folds)} folded weights, {len(self.centers)} centring ops"
@@ -108,7 +126,17 @@ class PatchPlan:
         if self.assumed:
             lines.append(
                 "never reached by the probe, treated like their siblings: "
-                + ", ".join(dict.fromkeys(layer_pattern(name) for name in self.assumed))
+                + ", ".join(pattern_list(self.assumed))
+            )
+        if self.reached:
+            line = "the probe inputs reached {} of {} parameters and buffers".format(*self.reached)
+            if self.unreached:
+                line += f"; pass inputs= that reach {', '.join(pattern_list(self.unreached))}"
+            lines.append(line)
+        if self.filled:
+            lines.append(
+                "pruned weights whose zeros folding fills "
+                f'(strategy="direct" leaves them): {", ".join(pattern_list(self.filled))}'
             )
         if low := sum(site.autocast_output == "autocast" for site in self.sites):
             lines.append(f"under autocast {low} norms write its dtype themselves")
@@ -184,6 +212,14 @@ def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
 def layer_pattern(name: str) -> str:
     """A module path with the numbers of layers as `*`: `h.3.ln_1` gives `h.*.ln_1`."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def pattern_list(names: Iterable[str]) -> list[str]:
+    """The names, those that differ in the numbers of layers alone as one with `*`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(layer_pattern(name), []).append(name)
+    return [pattern if len(group) > 1 else group[0] for pattern, group in groups.items()]
 
 
 def site_table(sites: Iterable[Site]) -> str:

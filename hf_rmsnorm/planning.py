@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import fnmatch
-import itertools
+import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import (
+    Inputs,
+    check_arguments,
+    check_hold,
+    check_post_norm,
+    resolve_inputs,
+    select,
+    unwrap,
+)
 from .autocast import AUTOCAST_OUTPUTS, direct_sites
 from .errors import PatchError
 from .functional import statistic_size
+from .optional_inputs import optional_inputs
 from .plan import PatchPlan, Site, Verdict, site_table
-from .probe_inputs import make_inputs
 from .probing import ProbeResult, probe
 from .probing.postnorm import improve
 from .recipes import NormSpec, Unreadable, find_norms
 
-NORMS = ("rmsnorm", "prmsnorm")
-STRATEGIES = ("auto", "exact", "direct")
-POST_NORMS = ("extra_neuron",)
-DEFAULT_P = 0.0625  # the paper's
-
-Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+PRUNED = 0.2  # share of zeros from which a weight counts as pruned
 
 
 @torch.inference_mode(False)  # probing needs gradients
@@ -40,6 +43,7 @@ def plan_patch(
     inputs: Inputs = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    hold: str | Sequence[str] = (),
     autocast_output: str = "auto",
     verify: bool = True,
 ) -> PatchPlan:
@@ -53,8 +57,38 @@ def plan_patch(
         >>> plan.summary()
         '1 norm sites -> rmsnorm, strategy direct: 0 exact, 1 approximate, 0 kept'
     """
+    return plan_and_inputs(
+        model,
+        norm,
+        p=p,
+        strategy=strategy,
+        post_norm=post_norm,
+        inputs=inputs,
+        include=include,
+        exclude=exclude,
+        hold=hold,
+        autocast_output=autocast_output,
+    )[0]
+
+
+def plan_and_inputs(
+    model: nn.Module,
+    norm: str,
+    *,
+    p: float | None,
+    strategy: str,
+    post_norm: str | None,
+    inputs: Inputs,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    hold: str | Sequence[str],
+    autocast_output: str,
+) -> tuple[PatchPlan, list[Mapping[str, Any]]]:
+    """The plan, and the inputs that it was made with; none where nothing was run."""
+    model = unwrap(model)
     share = check_arguments(model, norm, p, strategy)
     check_post_norm(post_norm, strategy)
+    held = check_hold(hold, strategy)
     if autocast_output not in AUTOCAST_OUTPUTS:
         raise PatchError(
             f"autocast_output must be one of {', '.join(AUTOCAST_OUTPUTS)}; got {autocast_output!r}"
@@ -70,15 +104,18 @@ def plan_patch(
         for site in sites
         if site.verdict == "approximate" and site.spec and site.spec.kind == "layernorm"
     }
-    plan = PatchPlan(norm, share, strategy, tuple(sites))
-    kwargs = None if inputs is None else resolve_inputs(model, inputs)
+    plan = PatchPlan(norm, share, strategy, tuple(sites), hold=held)
+    kwargs = [] if inputs is None else resolve_inputs(model, inputs)
     if targets and strategy != "direct":
         require_plain_weights(model)
-        kwargs = kwargs or resolve_inputs(model, None)
-        result = probe(model, targets, kwargs)
+        more = None
+        if not kwargs:
+            kwargs = resolve_inputs(model, None, held)
+            more = functools.partial(optional_inputs, model, dict(kwargs[0]))
+        result = probe(model, targets, kwargs, more, held)
         absorb, widen = strategy == "auto", post_norm == "extra_neuron"
         if result.kept.keys() & result.leftover.keys() and (absorb or widen):
-            result = improve(model, targets, kwargs, result, absorb=absorb, widen=widen)
+            result = improve(model, targets, kwargs, result, absorb=absorb, widen=widen, hold=held)
         plan = replace(
             plan,
             sites=tuple(with_probe(s, result, plan) if s.name in targets else s for s in sites),
@@ -89,89 +126,20 @@ def plan_patch(
             centers=result.centers,
             assumed=result.assumed,
             moved=result.moved,
+            unreached=result.unreached,
+            reached=result.reached,
+            filled=pruned(model, result),
             precision=result.dtype,
         )
     require_work(plan)
-    return with_autocast(plan, model, autocast_output, kwargs)
+    return with_autocast(plan, model, autocast_output, kwargs), kwargs
 
 
-def check_arguments(model: object, norm: str, p: float | None, strategy: str) -> float:
-    """The share `p` to use, after every check that needs no look at the norms."""
-    if not isinstance(model, nn.Module):
-        raise PatchError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if norm not in NORMS:
-        raise PatchError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
-    if strategy not in STRATEGIES:
-        raise PatchError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
-    if norm == "rmsnorm" and p is not None:
-        raise PatchError(f'p={p} has no meaning for norm="rmsnorm": use norm="prmsnorm"')
-    share = 1.0 if norm == "rmsnorm" else DEFAULT_P if p is None else p
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise PatchError(f"p must be a share in (0, 1], got {p!r}; the paper uses {DEFAULT_P}")
-    if strategy == "exact" and share < 1:
-        raise PatchError(
-            f'strategy="exact" cannot hold for pRMSNorm with p={share:g}: a statistic from part of '
-            'the features changes the function; use strategy="auto"'
-        )
-    for name, module in model.named_modules():
-        if {cls.__name__ for cls in type(module).__mro__} & {
-            "FSDPModule",
-            "FullyShardedDataParallel",
-        }:
-            raise PatchError(
-                f"{name or 'the model'} is already sharded by FSDP: patch the model first, "
-                "then wrap it"
-            )
-    return float(share)
-
-
-def check_post_norm(post_norm: str | None, strategy: str) -> None:
-    if post_norm is None:
-        return
-    if post_norm not in POST_NORMS:
-        raise PatchError(
-            f"post_norm must be None or one of {', '.join(map(repr, POST_NORMS))}; "
-            f"got {post_norm!r}"
-        )
-    if strategy == "direct":
-        raise PatchError(
-            f'post_norm={post_norm!r} changes weights, which strategy="direct" never does: use '
-            '"auto" or "exact"'
-        )
-
-
-def clean_name(name: str) -> str:
-    """A module path without the prefixes of `torch.compile` wrappers."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
-
-
-def select(
-    found: Mapping[str, NormSpec | Unreadable],
-    include: str | Sequence[str] | None,
-    exclude: str | Sequence[str] | None,
-) -> set[str]:
-    """The names that `include` and `exclude` leave; a pattern that matches nothing is an error."""
-
-    def matches(patterns: str | Sequence[str], argument: str) -> set[str]:
-        hit: set[str] = set()
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        if not isinstance(patterns, Collection) or not all(isinstance(x, str) for x in patterns):
-            raise PatchError(
-                f"{argument} must be a glob pattern or a list of them, got {patterns!r}"
-            )
-        for pattern in patterns:
-            names = {n for n in found if fnmatch.fnmatchcase(clean_name(n), pattern)}
-            if not names:
-                some = ", ".join(repr(clean_name(n)) for n in itertools.islice(found, 3))
-                raise PatchError(
-                    f"{argument} pattern {pattern!r} matches no norm site; there are "
-                    f"{len(found)}" + (f", such as {some}" if some else "")
-                )
-            hit |= names
-        return hit
-
-    chosen = set(found) if include is None else matches(include, "include")
-    return chosen if exclude is None else chosen - matches(exclude, "exclude")
+def pruned(model: nn.Module, result: ProbeResult) -> tuple[str, ...]:
+    """The folded weights that are sparse: folding fills their zeros."""
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    shares = {f.parameter: (tensors[f.parameter] == 0).double().mean() for f in result.folds}
+    return tuple(name for name, share in shares.items() if PRUNED < share < 1)
 
 
 def judge(
@@ -228,7 +196,21 @@ def with_probe(site: Site, result: ProbeResult, plan: PatchPlan) -> Site:
             reason = f"{result.exact[name]}; {partial}"
             return replace(site, reason=reason, mean_free=True, leftover=leftover)
         reason = result.exact[name]
-        return replace(site, verdict="exact", reason=reason, mean_free=True, leftover=leftover)
+        if missing := result.unproven.get(name):
+            reason = (
+                f"exact on the paths probed; {missing} was never reached: pass inputs= that reach "
+                f"it ({reason})"
+            )
+            if plan.strategy == "exact":
+                return replace(site, verdict="kept", reason=reason, leftover=leftover)
+        return replace(
+            site,
+            verdict="exact",
+            reason=reason,
+            mean_free=True,
+            leftover=leftover,
+            unproven=bool(missing),
+        )
     reason = result.kept[name]
     if plan.strategy == "exact":
         return replace(site, verdict="kept", reason=reason, leftover=leftover)
@@ -241,14 +223,14 @@ def with_autocast(
     plan: PatchPlan,
     model: nn.Module,
     output: str,
-    inputs: Sequence[Mapping[str, Any]] | None,
+    inputs: Sequence[Mapping[str, Any]],
 ) -> PatchPlan:
     """`plan` with the dtype that each site's norm gives under autocast."""
     chosen: dict[str, Any] = {}
     changed = [site for site in plan.sites if site.verdict != "kept" and site.spec]
     if output == "input":
         chosen = {site.name: "input" for site in changed}
-    elif output == "auto" and inputs is not None:
+    elif output == "auto" and inputs:
         upcast = {
             site.name: site.spec.autocast_float32
             for site in changed
@@ -257,23 +239,6 @@ def with_autocast(
         chosen = dict.fromkeys(direct_sites(model, upcast, inputs), "autocast")
     sites = (replace(s, autocast_output=chosen.get(s.name, "float32")) for s in plan.sites)
     return replace(plan, sites=tuple(sites))
-
-
-def resolve_inputs(model: nn.Module, inputs: Inputs) -> list[Mapping[str, Any]]:
-    """The user's inputs as a list, or made ones."""
-    if inputs is None:
-        return list(make_inputs(model))
-    found = [inputs] if isinstance(inputs, Mapping) else inputs
-    if (
-        not isinstance(found, Sequence)
-        or not found
-        or not all(isinstance(kwargs, Mapping) for kwargs in found)
-    ):
-        raise PatchError(
-            "inputs must be a dict of the forward's keyword arguments, or a non-empty list of "
-            f"such dicts; got {type(inputs).__name__}"
-        )
-    return list(found)
 
 
 def require_plain_weights(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,13 +23,13 @@ SHAPES = ((2, 8), (1, 5))  # (batch, tokens) of the two inputs
 _FRAMES = 2
 
 
-class _Maker:
+class Maker:
     """Makes one input: `batch` examples of `length` tokens."""
 
     def __init__(self, model: nn.Module, batch: int, length: int, seed: int):
         self.model = model
         self.config = getattr(model, "config", None)
-        self.parameters = inspect.signature(model.forward).parameters
+        self.parameters = parameters_of(model)
         self.generator = torch.Generator().manual_seed(seed)
         self.batch = batch
         limits = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
@@ -56,19 +56,30 @@ class _Maker:
         ids = self.integers(0, 1 << 30, self.batch, self.length)
         return self.ordinary_ids()[ids % len(self.ordinary_ids())]
 
-    def ordinary_ids(self) -> Tensor:
+    def text(self) -> Tensor:
+        """Tokens; beside images, with an end of the text: models like CLIP read the text there."""
+        ids, end = self.tokens(), self.read("eos_token_id")
+        known = isinstance(end, int) and 0 <= end < self.vocabulary()
+        if known and "pixel_values" in self.parameters and self.length > 1:
+            ids[:, -2] = end
+        return ids
+
+    def vocabulary(self) -> int:
         known = itertools.product(_configs(self.config), _VOCABULARIES)
         sizes = [n for c, name in known if isinstance(n := getattr(c, name, None), int)]
         with suppress(AttributeError, NotImplementedError):
             sizes.append(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         if not sizes:
             raise PatchError(_message(self.model, "its vocabulary's size is not in its config"))
+        return min(sizes)
+
+    def ordinary_ids(self) -> Tensor:
         special = set()
         for config in _configs(self.config):
             for name, value in vars(config).items():
                 if name.endswith(("_token_id", "_token_index", "_token")):
                     special.update(value if isinstance(value, list) else [value])
-        ids = [i for i in range(min([*sizes, 4096])) if i not in special]
+        ids = [i for i in range(min(self.vocabulary(), 4096)) if i not in special]
         return torch.tensor(ids[min(3, len(ids) - 1) :])
 
     def mask(self) -> Tensor:
@@ -155,7 +166,7 @@ class _Maker:
         images = "pixel_values" in takes
         found: dict[str, Any] = {}
         if "input_ids" in takes and (main == "input_ids" or images):
-            found["input_ids"] = self.tokens()
+            found["input_ids"] = self.text()
             if "attention_mask" in takes:
                 found["attention_mask"] = self.mask()
             types = self.read("type_vocab_size", default=0)
@@ -203,6 +214,14 @@ class _Maker:
             found["mm_token_type_ids"] = (found["input_ids"] == token).long()
 
 
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes; of PEFT's wrappers that take anything, the model inside."""
+    found = inspect.signature(model.forward).parameters
+    base = getattr(model, "get_base_model", None)
+    wraps = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found.values())
+    return parameters_of(base()) if base and wraps and base() is not model else found
+
+
 def _configs(config: Any) -> Iterator[Any]:
     queue = [config]
     while queue:
@@ -248,7 +267,7 @@ def make_inputs(
     """
     found = []
     for i, (batch, length) in enumerate(shapes):
-        maker = _Maker(model, batch, length, seed + i)
+        maker = Maker(model, batch, length, seed + i)
         with torch.device("cpu"):  # whatever the caller's default is
             inputs = maker.make()
         if not inputs:

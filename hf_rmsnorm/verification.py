@@ -66,10 +66,23 @@ def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> M
         VerificationError: the exact part moves the outputs by more than rounding.
     """
     precise, (dtype, _) = getattr(torch, plan.precision), model_place(model)
-    original = plain_copy(model, precise)
-    with _float32_seen() as narrow:
-        truth = run_outputs(original, inputs)
-    own = run_outputs(plain_copy(model, dtype), inputs)
+
+    def copied(dtype: torch.dtype) -> nn.Module:
+        return plain_copy(model, dtype, every_adapter=True)
+
+    def outputs(of: nn.Module) -> list[Tensor]:
+        return run_outputs(of, inputs, plan.hold)
+
+    original = copied(precise)
+    try:
+        with _float32_seen() as narrow:
+            truth = outputs(original)
+    except Exception:  # what casts to float32 by itself, such as open_clip's norms
+        if precise != torch.float64:
+            raise
+        precise, original, narrow = torch.float32, copied(torch.float32), []
+        truth = outputs(original)
+    own = outputs(copied(dtype))
     rounding = relative_change(truth, own)
     if precise != torch.float64:
         tolerance = 20 * torch.finfo(precise).eps
@@ -79,9 +92,9 @@ def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> M
         tolerance = EXACT
 
     exact = exact_part(plan)
-    twin = plain_copy(model, precise)
+    twin = copied(precise)
     apply(twin, exact)
-    error = relative_change(truth, run_outputs(twin, inputs))
+    error = relative_change(truth, outputs(twin))
     if not error <= tolerance:
         where = _first_difference(original, twin, exact, inputs, tolerance)
         raise VerificationError(
@@ -91,9 +104,9 @@ def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> M
         )
     del original, twin
 
-    twin = plain_copy(model, dtype)
+    twin = copied(dtype)
     apply(twin, exact)
-    own_error = relative_change(truth, run_outputs(twin, inputs))
+    own_error = relative_change(truth, outputs(twin))
     # in the dtype of the comparison itself the unpatched model has no rounding to show
     allowed = tolerance if dtype == precise else ROUNDING_FACTOR * rounding
     allowed += 10 * torch.finfo(dtype).eps
@@ -103,10 +116,11 @@ def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> M
             f"model by {rounding:.1e} (allowed: {allowed:.1e}). The model is unchanged"
         )
     if exact != plan:
-        twin = plain_copy(model, dtype)
+        twin = copied(dtype)
         apply(twin, plan)
-    change = relative_change(own, run_outputs(twin, inputs))
-    return Measurement(error, plan.precision, own_error, rounding, change)
+    change = relative_change(own, outputs(twin))
+    name = str(precise).removeprefix("torch.")
+    return Measurement(error, name, own_error, rounding, change)
 
 
 def _first_difference(

@@ -19,7 +19,7 @@ LAYERS = [
     {"functional"},
     {"modules", "recipes", "probe_inputs"},
     {"probing", "layers"},
-    {"plan"},
+    {"plan", "optional_inputs", "arguments"},
     {"autocast"},
     {"planning", "changes"},
     {"checking"},

@@ -106,8 +106,11 @@ RMS_MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def forward(model: nn.Module) -> Tensor:
     inputs = PIXELS if getattr(model.config, "image_size", None) else TOKENS
+    dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        return model(**inputs)[0]
+        return model(**{k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()})[
+            0
+        ]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -158,7 +161,10 @@ def test_every_layernorm_becomes_the_papers_norm(name: str, norm: str, share: fl
     p = None if norm == "rmsnorm" else share
     plan = plan_patch(model, norm, p=p, strategy="direct")
     assert plan.count("approximate") == len(plan.sites) > 0
-    expected, before = with_formula(model, plan, share), forward(model)
+    rounded, before = with_formula(model, plan, share), forward(model)
+    # a statistic of one feature may be near zero, and then rounding is magnified: for all alike
+    expected = with_formula(copy.deepcopy(model).double(), plan, share)
+    rounding = (rounded - expected).abs().max()
 
     assert patch_model(model, norm, p=p, strategy="direct") is model
     assert all(
@@ -166,7 +172,7 @@ def test_every_layernorm_becomes_the_papers_norm(name: str, norm: str, share: fl
         for site in plan.sites
     )
     after = forward(model)
-    torch.testing.assert_close(after, expected, rtol=2e-4, atol=2e-4)
+    assert (after - expected).abs().max() <= 5 * rounding + 1e-5 * expected.abs().max()
     assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
 
 

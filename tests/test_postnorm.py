@@ -28,8 +28,8 @@ from hf_rmsnorm import (
     plan_patch,
     unpatch_model,
 )
+from hf_rmsnorm.arguments import resolve_inputs
 from hf_rmsnorm.cli import main
-from hf_rmsnorm.planning import resolve_inputs
 from hf_rmsnorm.probing import relative_change, run_outputs
 from hf_rmsnorm.verification import verify
 

@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from ..recipes import NormSpec
-from .bench import Bench, make_bench
-from .confirm import folded, settle, shifted, sibling_folds, unseen_folds
+from .bench import Bench
+from .confirm import folded, settle, shifted, sibling_folds, unseen_folds, used_unseen
+from .copies import plain_copy
 from .explain import explain
 from .facts import Center, Fold, LayerScale, ProbeResult, fold_tensor, scale_tensor
-from .outputs import plain_copy, relative_change, rounding_gap, run_outputs
+from .make_bench import More, make_bench
+from .outputs import Training, relative_change, rounding_gap, run_outputs
+from .reach import beyond, unproven
 from .scales import absorbed, find_scales
 from .streams import centered, choose_centers
 from .symmetry import NotDifferentiable, survey
@@ -27,6 +30,7 @@ __all__ = [
     "Fold",
     "LayerScale",
     "ProbeResult",
+    "Training",
     "fold_tensor",
     "plain_copy",
     "probe",
@@ -38,7 +42,11 @@ __all__ = [
 
 
 def probe(
-    model: nn.Module, norms: Mapping[str, NormSpec], inputs: Sequence[Mapping[str, Any]]
+    model: nn.Module,
+    norms: Mapping[str, NormSpec],
+    inputs: Sequence[Mapping[str, Any]],
+    more: More | None = None,
+    hold: Sequence[str] = (),
 ) -> ProbeResult:
     r"""Find the LayerNorms whose input mean can be made zero without moving the model's outputs.
 
@@ -48,6 +56,9 @@ def probe(
         model: any module; `inputs` are keyword arguments of its forward.
         norms: name -> what the module computes. Those of kind `"rmsnorm"` are not looked at.
         inputs: at least one; better two that differ in shape and content, and reach every branch.
+        more: makes further inputs; those that reach further weights are appended to `inputs`, which
+            must then be a list.
+        hold: patterns of outputs to hold beside the main ones.
 
     Raises:
         PatchError: the forward fails on the inputs, or gives nothing finite to compare.
@@ -60,7 +71,7 @@ def probe(
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would not call the norms' forward
     try:
-        bench = make_bench(model, targets, inputs)
+        bench = make_bench(model, targets, inputs, more, hold)  # type: ignore[arg-type]
         result = _probe(bench)
     except NotDifferentiable as error:
         return ProbeResult({}, {**kept, **dict.fromkeys(targets, str(error))}, bench.means())
@@ -80,7 +91,7 @@ def _probe(bench: Bench) -> ProbeResult:
     found = survey(bench)
     scales = find_scales(bench, found)
     if scales:
-        bench.assign(absorbed(bench.leaves(), scales))
+        bench.rewrite(lambda leaves: absorbed(leaves, scales))
         found = survey(bench)
 
     def holds(folds: Sequence[Fold], centers: Sequence[Center] = ()) -> bool:
@@ -101,14 +112,24 @@ def _probe(bench: Bench) -> ProbeResult:
             return choose_centers(bench, confirmed)
 
     # All at once first: that nearly always holds, and then nothing needs to be told apart.
-    folds = found.folds + unseen_folds(bench, found.dead)
+    unseen = used_unseen(bench, found.dead)
+    folds = found.folds + unseen_folds(bench, unseen)
     centers = choose(folds, lambda centers: True)
     if not holds(folds, centers):
         folds = settle(folds, holds)
         centers = choose(folds, lambda centers: holds((), centers))
     siblings = sibling_folds(bench, folds, found.dead)
     folds = sorted(folds + siblings, key=lambda fold: fold.size)
-    return _conclude(bench, folds, centers, scales, tuple(f.parameter for f in siblings))
+    unreached = found.dead - (found.dropped & bench.touched) - set(unseen)
+    missing = beyond(bench, unreached)
+    result = _conclude(bench, folds, centers, scales, tuple(f.parameter for f in siblings))
+    count = len(bench.leaves())
+    return replace(
+        result,
+        unproven={n: leaf for n, leaf in unproven(bench, missing).items() if n in result.exact},
+        unreached=tuple(sorted(missing)),
+        reached=(count - len(unreached), count),
+    )
 
 
 def _conclude(
@@ -118,11 +139,17 @@ def _conclude(
     scales: Sequence[LayerScale],
     assumed: tuple[str, ...],
 ) -> ProbeResult:
-    """Measure the means that are left, and say why."""
+    """Measure the means that are left, and say why: on the weights as given, where these are all
+    alike, but without letting that make a norm exact."""
     with bench.replaced(folded(bench.leaves(), folds)), centered(bench, centers):
         with bench.measuring() as leftover:
             change, moved = bench.changes()
         exact = {n for n, mean in leftover.items() if mean < bench.tolerance.mean}
+        if bench.given:
+            as_folded = bench.replaced(folded({**bench.leaves(), **bench.given}, folds))
+            with bench.as_given(), as_folded, bench.measuring() as given:
+                change = max(change, bench.change())
+            leftover = {name: given.get(name, mean) for name, mean in leftover.items()}
         if change > bench.tolerance.moved:  # shifts moved nothing, but centring did
             why = f"centring moved the outputs by {change:.1g} of their size"
             return ProbeResult({}, dict.fromkeys(bench.norms, why), leftover)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PatchError
 from ..recipes import NormSpec
-from .outputs import (
-    Outputs,
-    cast_inputs,
-    is_float,
-    model_place,
-    plain_copy,
-    relative_change,
-    seeded,
-    split_outputs,
-)
+from .outputs import Outputs, call, is_float, relative_change, seeded, split_outputs
 
 Watcher = Callable[[str, Tensor], None]
 
@@ -73,9 +60,18 @@ def reference_norm(module: nn.Module, spec: NormSpec, x: Tensor) -> Tensor:
 class Bench:
     """A private copy of the model in eval mode, its LayerNorms computed by `reference_norm`.
 
-    `watchers` see every LayerNorm's name and input during a run. `before` holds the outputs of the
-    model as given, `(held, internal)` per input; `widths` each norm's numbers of features;
-    `frozen` are parameters that share memory without being one tensor: changing one changes both.
+    Weights that are all alike, as zero biases and gains of one are before any training, have been
+    given noise: a verdict must not rest on them. `as_given` takes the noise away for a while.
+
+    Attributes:
+        hold: patterns of outputs to hold beside the main ones.
+        watchers: see every LayerNorm's name and input during a run.
+        before: the outputs that must not move, `(held, internal)` per input.
+        frozen: parameters that share memory without being one tensor: changing one changes both.
+        widths: each norm's numbers of features.
+        touched: leaves that some operation of a run read.
+        given: the values of the leaves that have noise now, as they were.
+        given_before: `before`, without the noise.
     """
 
     model: nn.Module
@@ -83,10 +79,14 @@ class Bench:
     inputs: list[dict[str, Any]]
     dtype: torch.dtype
     device: torch.device
+    hold: tuple[str, ...] = ()
     watchers: list[Watcher] = field(default_factory=list)
     before: list[tuple[Outputs, Outputs]] = field(default_factory=list)
     frozen: frozenset[str] = frozenset()
     widths: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    touched: set[str] = field(default_factory=set)
+    given: dict[str, Tensor] = field(default_factory=dict)
+    given_before: list[tuple[Outputs, Outputs]] = field(default_factory=list)
 
     @property
     def tolerance(self) -> Tolerance:
@@ -114,7 +114,7 @@ class Bench:
         found = []
         for kwargs in self.inputs if which is None else [self.inputs[which % len(self.inputs)]]:
             with seeded(self.device):
-                found.append(split_outputs(self.model(**kwargs)))
+                found.append(split_outputs(call(self.model, kwargs), self.hold))
         return found
 
     @torch.no_grad()
@@ -156,6 +156,29 @@ class Bench:
         finally:
             self.assign(saved)
 
+    def rewrite(self, rule: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Assign what `rule` makes of the leaves; of those as given, too."""
+        if self.given:
+            with self.replaced(self.given):
+                as_given = dict(rule(self.leaves()))
+        self.assign(rule(self.leaves()))
+        if self.given:
+            self.given.update(as_given)
+
+    @contextmanager
+    def as_given(self) -> Iterator[None]:
+        """The model's own weights, where they are all alike, in place of those with noise."""
+        if not self.given:
+            yield
+            return
+        noisy = self.before
+        with self.replaced(self.given):
+            self.before = self.given_before
+            try:
+                yield
+            finally:
+                self.before = noisy
+
     @contextmanager
     def measuring(self) -> Iterator[dict[str, float]]:
         r"""Collects the largest $|\bar x| / \mathrm{rms}(x)$ of a row of each norm's inputs, in the
@@ -180,105 +203,3 @@ class Bench:
         with self.measuring() as worst:
             self.run()
         return worst
-
-
-def _overlapping(model: nn.Module) -> frozenset[str]:
-    """Names of tensors whose memory overlaps another's."""
-    spans = []
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel():
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            extent = 1 + sum((size - 1) * stride for size, stride in steps)
-            start = tensor.data_ptr()
-            spans.append((str(tensor.device), start, start + extent * tensor.element_size(), name))
-    found: set[str] = set()
-    reach: tuple[str, int, str] = ("", 0, "")
-    for device, start, end, name in sorted(spans):
-        if device == reach[0] and start < reach[1]:
-            found |= {name, reach[2]}
-        if device != reach[0] or end > reach[1]:
-            reach = (device, end, name)
-    return frozenset(found)
-
-
-def _bench(
-    model: nn.Module,
-    norms: Mapping[str, NormSpec],
-    inputs: Sequence[Mapping[str, Any]],
-    dtype: torch.dtype,
-) -> Bench:
-    twin = plain_copy(model, dtype).requires_grad_(False)
-    device = model_place(twin)[1]
-    cast = [cast_inputs(dict(kwargs), dtype, device) for kwargs in inputs]
-    bench = Bench(twin, dict(norms), cast, dtype, device, frozen=_overlapping(model))
-
-    def forward(name: str, module: nn.Module, spec: NormSpec, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))
-        for watcher in bench.watchers:
-            watcher(name, x)
-        return reference_norm(module, spec, x)
-
-    for name, spec in norms.items():
-        module = twin.get_submodule(name)
-        module.forward = functools.partial(forward, name, module, spec)  # type: ignore[method-assign]
-    return bench
-
-
-def fits(model: nn.Module, dtype: torch.dtype, free: float) -> bool:
-    """Whether a probe of `model` in `dtype` needs no more than `free` bytes: a copy, and as much
-    again and a half for gradients on their way and shifted weights (measured on GPT-2)."""
-    elements = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    return 2.5 * elements * dtype.itemsize <= free
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory to be had on `device`; infinite where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    found = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return next(found, math.inf)
-
-
-def make_bench(
-    model: nn.Module, norms: Mapping[str, NormSpec], inputs: Sequence[Mapping[str, Any]]
-) -> Bench:
-    """A bench in float64, or in float32 where the model does not fit or cannot run in float64.
-
-    The first run also lets models that rescale their weights in their first eval forward do so.
-    """
-    problem = ""
-    for dtype in TOLERANCES:
-        if dtype == torch.float64 and not fits(model, dtype, free_bytes(model_place(model)[1])):
-            continue
-        try:
-            bench = _bench(model, norms, inputs, dtype)
-
-            def watch(name: str, x: Tensor, bench: Bench = bench) -> None:
-                bench.widths[name].add(x.shape[norm_axis(bench.norms[name], x)])
-
-            with torch.no_grad(), bench.watching(watch):
-                bench.before = bench.run()
-        except Exception as error:  # a model's own forward may raise anything
-            problem = f"{type(error).__name__}: {error}"
-            continue
-        outputs = [x for held, _ in bench.before for x in held.values()]
-        if not outputs:
-            raise PatchError("The model's forward returned no floating-point tensor to compare.")
-        if all(x.isfinite().any() and not x.isnan().any() for x in outputs):
-            return bench
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                raise PatchError(
-                    f"{name} has entries that are nan or inf, so nothing finite comes out of this "
-                    f"{type(model).__name__} to compare: load sound weights, or use "
-                    'strategy="direct", which runs nothing'
-                )
-        problem = "its outputs are not finite"
-    raise PatchError(
-        f"{type(model).__name__} could not be run on the probe inputs: {problem}\n"
-        "Pass inputs= with keyword arguments its forward accepts."
-    )

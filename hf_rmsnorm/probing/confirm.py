@@ -6,7 +6,6 @@ random shifts along the proposed axes wake them.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .bench import Bench
 from .facts import Fold, fold_tensor
+from .reach import Family, families
 
 T = TypeVar("T")
 
@@ -65,12 +65,11 @@ def settle(items: Sequence[T], holds: Callable[[Sequence[T]], bool]) -> list[T]:
     return max(left, right, key=len)
 
 
-def unseen_folds(bench: Bench, dead: Iterable[str]) -> list[Fold]:
-    """Proposals for tables read under `no_grad`: noise on them moves the outputs, a shift moves a
-    norm's mean. Finite shifts decide."""
+def used_unseen(bench: Bench, dead: Iterable[str]) -> list[str]:
+    """Which of the leaves that gradients say nothing of are used all the same, in code under
+    `no_grad`: noise on them moves the outputs."""
     leaves = bench.leaves()
-    sizes = set(bench.sizes)
-    names = [n for n in dead if leaves[n].ndim > 1 and leaves[n].shape[-1] in sizes]
+    names = [name for name in leaves if name in set(dead) & bench.touched]
     generator = torch.Generator().manual_seed(3)
 
     def idle(group: Sequence[str]) -> bool:
@@ -92,10 +91,18 @@ def unseen_folds(bench: Bench, dead: Iterable[str]) -> list[Fold]:
         middle = len(group) // 2
         return [*used(group[:middle]), *used(group[middle:])]
 
-    found = used(names)
-    means = bench.means() if found else {}
+    return used(names)
+
+
+def unseen_folds(bench: Bench, used: Iterable[str]) -> list[Fold]:
+    """Proposals for tables read under `no_grad`, those of `used_unseen`: a shift moves a norm's
+    mean. Finite shifts decide."""
+    leaves = bench.leaves()
+    sizes = set(bench.sizes)
+    tables = [n for n in used if leaves[n].ndim > 1 and leaves[n].shape[-1] in sizes]
+    means = bench.means() if tables else {}
     proposed = []
-    for name in found:
+    for name in tables:
         fold = Fold(name, leaves[name].ndim - 1, leaves[name].shape[-1])
         with bench.replaced(shifted(leaves, [fold], 3.0)):
             after = bench.means()
@@ -105,29 +112,19 @@ def unseen_folds(bench: Bench, dead: Iterable[str]) -> list[Fold]:
 
 
 def sibling_folds(bench: Bench, folds: Sequence[Fold], dead: Iterable[str]) -> list[Fold]:
-    """Folds for parameters the probe never reached whose reached siblings all fold: idle experts.
-
-    Siblings have the same shape and a name that differs in digits only.
-    """
-
-    def family(name: str) -> tuple[str, torch.Size]:
-        return re.sub(r"\d+", "#", name), leaves[name].shape
-
-    leaves = bench.leaves()
-    dead = set(dead)
-    alive: dict[tuple[str, torch.Size], set[str]] = defaultdict(set)
-    for name in leaves:
+    """Folds for leaves the probe never reached whose reached siblings all fold: idle experts."""
+    family, dead = families(bench), set(dead)
+    alive: dict[Family, set[str]] = defaultdict(set)
+    for name in family:
         if name not in dead:
-            alive[family(name)].add(name)
-    views: dict[tuple[str, torch.Size], dict[Fold, set[str]]] = defaultdict(
-        lambda: defaultdict(set)
-    )
+            alive[family[name]].add(name)
+    views: dict[Family, dict[Fold, set[str]]] = defaultdict(lambda: defaultdict(set))
     for fold in folds:
-        views[family(fold.parameter)][replace(fold, parameter="")].add(fold.parameter)
+        views[family[fold.parameter]][replace(fold, parameter="")].add(fold.parameter)
     done = {fold.parameter for fold in folds}
     return [
         replace(view, parameter=name)
         for name in sorted(dead - done)
-        for view, members in views.get(family(name), {}).items()
-        if members == alive[family(name)]
+        for view, members in views.get(family[name], {}).items()
+        if members == alive[family[name]]
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -155,6 +155,10 @@ class ProbeResult:
         folds: also those that serve kept norms only: they move no output, but shrink the leftover.
         assumed: parameters never reached, folded like their reached siblings (idle experts).
         uncalled: norms the probe inputs never reached.
+        unproven: norm -> a parameter that the inputs never reached and that may write to what it
+            reads: `exact` is then said of the paths probed alone.
+        unreached: all parameters and buffers of that kind.
+        reached: how many parameters and buffers the inputs reached, and of how many.
         moved: outputs not held equal (sub-model outputs, hidden states) that the folds change.
         dtype: what the probe computed in.
     """
@@ -169,6 +173,9 @@ class ProbeResult:
     widens: tuple[Widen, ...] = ()
     assumed: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
+    unproven: dict[str, str] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
+    reached: tuple[int, int] | None = None
     moved: tuple[str, ...] = ()
     dtype: str = "float64"
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import PatchError
+from .copies import plain_copy
 
 # Outputs that show the inside of a model: conversion centres the stream, so they move by design.
 INTERNAL_OUTPUTS = (
@@ -21,15 +26,6 @@ INTERNAL_OUTPUTS = (
     "_model_output",
     "_outputs",
 )
-
-# Settings of a Transformers config that leave out shortcuts and extras.
-_PLAIN: dict[str, Any] = {
-    "_attn_implementation": "eager",
-    "_experts_implementation": "eager",
-    "use_cache": False,
-    "output_hidden_states": False,
-    "output_attentions": False,
-}
 
 Outputs = dict[str, Tensor]
 
@@ -50,11 +46,22 @@ def named_outputs(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named_outputs(value, f"{name}[{i}]")
 
 
-def split_outputs(output: Any) -> tuple[Outputs, Outputs]:
-    """`(held, internal)`: the outputs conversion must not move, and those that show the stream."""
+def is_named(name: str, pattern: str) -> bool:
+    """Whether `pattern` means the output `name`: as a glob, or as what the output is a part of."""
+    return fnmatchcase(name, pattern) or name.startswith((f"{pattern}.", f"{pattern}["))
+
+
+def split_outputs(output: Any, hold: Sequence[str] = ()) -> tuple[Outputs, Outputs]:
+    """`(held, internal)`: the outputs conversion must not move, and those that show the stream.
+
+    Args:
+        hold: further outputs to hold, as patterns for `is_named`.
+    """
 
     def internal(name: str) -> bool:
-        return any(part.endswith(INTERNAL_OUTPUTS) for part in name.replace("[", ".").split("."))
+        parts = name.replace("[", ".").split(".")
+        shows = any(part.endswith(INTERNAL_OUTPUTS) for part in parts)
+        return shows and not any(is_named(name, pattern) for pattern in hold)
 
     found = dict(named_outputs(output))
     held = {name: x for name, x in found.items() if not internal(name)}
@@ -65,11 +72,73 @@ def split_outputs(output: Any) -> tuple[Outputs, Outputs]:
 
 @contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
-    """The same random numbers in every run: some models sample in eval, too."""
+    """The same random numbers in every run: some models sample in eval, too, and some by NumPy."""
     devices = [device] if device.type == "cuda" else []
+    numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
+    states = random.getstate(), numpy and numpy.get_state()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        yield
+        random.seed(0)
+        if numpy:
+            numpy.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            if numpy:
+                numpy.set_state(states[1])
+
+
+class Training(dict[str, Any]):
+    """Keyword arguments to call a model with in training mode, but without dropout: for branches
+    that no other mode takes, such as the masking of a spectrogram."""
+
+
+_DROPOUTS = frozenset(
+    (
+        torch.dropout,
+        torch.alpha_dropout,
+        torch.feature_dropout,
+        F.dropout,
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.alpha_dropout,
+        F.feature_alpha_dropout,
+    )
+)
+
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], {"attn_mask": None, **kwargs, "dropout_p": 0.0}
+            if len(args) == 4:
+                del kwargs["attn_mask"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode, but for dropout and for layers that gather statistics."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = getattr(module, "running_mean", None) is None
+        with _NoDropout():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def call(model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
+    """`model(**kwargs)`, in the mode that the kind of `kwargs` asks for."""
+    with _training(model) if isinstance(kwargs, Training) else nullcontext():
+        return model(**kwargs)
 
 
 def cast_inputs(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -77,7 +146,8 @@ def cast_inputs(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, Mapping):
-        return {k: cast_inputs(v, dtype, device) for k, v in value.items()}
+        kind = Training if isinstance(value, Training) else dict
+        return kind({k: cast_inputs(v, dtype, device) for k, v in value.items()})
     if type(value) in (list, tuple):
         return type(value)(cast_inputs(v, dtype, device) for v in value)
     return value
@@ -91,37 +161,22 @@ def model_place(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     raise PatchError("The model has no floating-point parameter: there is nothing to convert.")
 
 
-def run_outputs(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+def run_outputs(
+    model: nn.Module, inputs: Sequence[Mapping[str, Any]], hold: Sequence[str] = ()
+) -> list[Tensor]:
     """The outputs conversion must not move, input after input; seeded, without gradients.
 
     Leaves out `hidden_states`, `attentions`, `past_key_values` and the outputs of sub-models,
-    unless the model returns nothing else. Float inputs are cast to the model's dtype.
+    unless `hold` names them or the model returns nothing else. Float inputs are cast to the
+    model's dtype.
     """
     dtype, device = model_place(model)
     found: list[Tensor] = []
     for kwargs in inputs:
         with torch.no_grad(), seeded(device):
-            held, _ = split_outputs(model(**cast_inputs(kwargs, dtype, device)))
+            held, _ = split_outputs(call(model, cast_inputs(kwargs, dtype, device)), hold)
         found += held.values()
     return found
-
-
-def plain_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in eval mode and `dtype`, with plain attention and experts and without a cache: fused
-    ones exist for some dtypes only. Where a model has no such settings it is copied as it is."""
-    # Plain tensors are cast on their way, which saves a second copy of the model.
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point():
-            value = tensor.detach().to(dtype, copy=True)
-            memo[id(tensor)] = nn.Parameter(value) if type(tensor) is nn.Parameter else value
-    twin = copy.deepcopy(model, memo).eval().to(dtype)
-    for module in twin.modules():
-        config = getattr(module, "config", None)
-        for key, setting in _PLAIN.items():
-            if getattr(config, key, None) is not None:
-                setattr(config, key, setting)
-    return twin
 
 
 def rounding_gap(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> float | None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..recipes import NormSpec
-from .bench import Bench, make_bench
+from .bench import Bench
 from .confirm import folded, settle
 from .facts import OFFSET, RANGE, Absorb, ProbeResult, Widen, extended, with_unit
+from .make_bench import make_bench
 from .readers import Reads, find_absorbs, find_reads, find_served, output_axis, shifted
 from .scales import absorbed
 from .streams import centered
@@ -40,11 +41,12 @@ def improve(
     *,
     absorb: bool,
     widen: bool,
+    hold: Sequence[str] = (),
 ) -> ProbeResult:
     """`result` with what can be done for the norms it keeps. Works on a private copy.
 
     Args:
-        model, norms, inputs: as for `probe`, which gave `result`.
+        model, norms, inputs, hold: as for `probe`, which gave `result`.
         absorb: take the mean of a bias away where that lowers the mean before a norm that is not
             exact, and moves no output.
         widen: one more unit per feed-forward block, where that makes the norm after it exact.
@@ -52,9 +54,10 @@ def improve(
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would not call the norms' forward
     try:
-        bench = make_bench(model, {n: norms[n] for n in norms if n in result.leftover}, inputs)
-        bench.assign(absorbed(bench.leaves(), result.layerscales))
-        bench.assign(folded(bench.leaves(), result.folds))
+        called = {n: norms[n] for n in norms if n in result.leftover}
+        bench = make_bench(model, called, list(inputs), hold=hold)
+        bench.rewrite(lambda leaves: absorbed(leaves, result.layerscales))
+        bench.rewrite(lambda leaves: folded(leaves, result.folds))
         with centered(bench, result.centers):
             reads = find_reads(bench)
             links = find_absorbs(bench, reads)
@@ -68,12 +71,15 @@ def improve(
 
 def _absorbed(bench: Bench, served: Mapping[str, Absorb], result: ProbeResult) -> ProbeResult:
     """Each bias whose mean is worth taking away, and the means that are left."""
-    leaves = bench.leaves()
     pending = {name: served[name] for name in result.kept if name in served}
     before = result.leftover
-    with bench.replaced(shifted(bench, {a: -leaves[a.bias].mean() for a in pending.values()})):
-        after = bench.means()
-    worse = {a for name, a in pending.items() if not after[name] < WORTH * before[name]}
+    with bench.as_given():
+        leaves = bench.leaves()
+        shifts: dict[Absorb, Tensor | float] = {a: -leaves[a.bias].mean() for a in pending.values()}
+        with bench.replaced(shifted(bench, shifts)):
+            after = bench.means()
+    floor = bench.tolerance.mean
+    worse = {a for n, a in pending.items() if not floor < before[n] > after[n] / WORTH}
     chosen = tuple(dict.fromkeys(a for a in pending.values() if a not in worse))
     lower = {name: after[name] for name, a in pending.items() if a in chosen}
     return replace(result, absorbs=chosen, leftover={**result.leftover, **lower})

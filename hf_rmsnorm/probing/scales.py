@@ -7,7 +7,7 @@ $\lambda W$ can. The gradient shows the pair: that of $W_j$ over $\lambda_j$ sum
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def _close(writer: str, scale: str) -> bool:
     return max(len(w), len(s)) - shared <= MAX_LEVELS
 
 
-def absorbed(leaves: dict[str, Tensor], scales: Sequence[LayerScale]) -> dict[str, Tensor]:
+def absorbed(leaves: Mapping[str, Tensor], scales: Sequence[LayerScale]) -> dict[str, Tensor]:
     """The leaves after `LayerScale` rewriting: writers scaled, scales one."""
     values: dict[str, Tensor] = {}
     for scale in scales:

@@ -65,21 +65,27 @@ class Survey:
     Attributes:
         sketches: of the outputs' gradient.
         folds: whose shift moves no output but moves a norm's mean, to first order.
-        dead: leaves the outputs have no gradient for.
+        dead: leaves the outputs have no gradient for, or one of zeros.
+        dropped: those of them that no path leads from to an output.
     """
 
     sketches: Sketches
     folds: list[Fold]
     dead: frozenset[str]
+    dropped: frozenset[str]
 
 
 @contextmanager
-def _reduced(leaves: Mapping[str, Tensor], sizes: list[int], sink: Sketches) -> Iterator[None]:
-    """Sketch each leaf's gradient and free it, as soon as a backward pass has it."""
+def _reduced(
+    leaves: Mapping[str, Tensor], sizes: list[int], sink: Sketches, alive: dict[str, bool]
+) -> Iterator[None]:
+    """Sketch each leaf's gradient and free it, as soon as a backward pass has it; `alive` says of
+    each leaf that has one whether it is more than zeros."""
     generator = torch.Generator().manual_seed(1)
 
     def reduce(name: str, leaf: Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
+        alive[name] = grad is not None and bool(grad.any())
         for axis, length in enumerate(leaf.shape):
             if grad is not None and any(block_views(length, sizes)):
                 slices = grad.movedim(axis, 0).reshape(length, -1)
@@ -113,6 +119,7 @@ def survey(bench: Bench) -> Survey:
     generator = torch.Generator().manual_seed(2)
     of_outputs: Sketches = {}
     of_means: Sketches = {}
+    alive: dict[str, bool] = {}
     means: list[Tensor] = []
 
     def watch(name: str, x: Tensor) -> None:
@@ -129,7 +136,7 @@ def survey(bench: Bench) -> Survey:
             need = cotangent(means, generator)
         passing = []
         if loss is not None:
-            with _reduced(leaves, bench.sizes, of_outputs):
+            with _reduced(leaves, bench.sizes, of_outputs, alive):
                 loss.backward(retain_graph=True)
         for (name, axis), sketch in of_outputs.items():
             for size, inner in block_views(len(sketch), bench.sizes):
@@ -137,7 +144,7 @@ def survey(bench: Bench) -> Survey:
                     passing.append((name, axis, size, inner, passes))
         wanted = {view[0]: leaves[view[0]] for view in passing}
         if need is not None and wanted:
-            with _reduced(wanted, bench.sizes, of_means):
+            with _reduced(wanted, bench.sizes, of_means, {}):
                 need.backward(inputs=list(wanted.values()))
     except Exception as error:  # a model's own code may raise anything
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -155,5 +162,5 @@ def survey(bench: Bench) -> Survey:
             if blocks.any():
                 where = tuple((int(i), int(j)) for i, j in blocks.nonzero())
                 folds.append(Fold(name, axis, size, inner, None if blocks.all() else where))
-    alive = {name for (name, _), sketch in of_outputs.items() if sketch.any()}
-    return Survey(of_outputs, folds, frozenset(leaves) - alive)
+    dead = frozenset(name for name in leaves if not alive.get(name))
+    return Survey(of_outputs, folds, dead, dead - alive.keys())

@@ -88,7 +88,7 @@ def build(name: str) -> Any:
     if name in model_zoo.ZOO:
         return model_zoo.build(name)
     found = {**RMS, **HEADS}[name]()
-    model_zoo._randomise(found)
+    model_zoo.randomise(found)
     return found.eval()
 
 

@@ -27,7 +27,7 @@ from .vision import VISION
 ZOO: Builders = {**DECODERS, **ENCODER_DECODERS, **ENCODERS, **VISION, **MULTIMODAL, **AUDIO}
 
 
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> nn.Module:
     """Give every parameter values that no symmetry survives, at a scale where each matters.
 
     Transformers initialises some so small (1e-10) that an output does not depend on them.
@@ -42,6 +42,7 @@ def _randomise(model: nn.Module) -> None:
             else:
                 fan_in = parameter.numel() / parameter.shape[0]
                 parameter.data.copy_(noise * max(0.1, fan_in**-0.5))
+    return model
 
 
 def _perceiver(model: nn.Module, batch: int, tokens: int, seed: int) -> dict[str, Any]:
@@ -93,5 +94,5 @@ def inputs_for(
 def build(name: str) -> nn.Module:
     """The model in eval mode and float32, the same on every call."""
     model = ZOO[name]()
-    _randomise(model)
+    randomise(model)
     return model.eval()

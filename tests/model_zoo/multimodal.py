@@ -15,7 +15,7 @@ MULTIMODAL: Builders = {
     "clip": model(
         "CLIPModel",
         "CLIPConfig",
-        text_config={**BERT, "projection_dim": 18},
+        text_config={**BERT, "projection_dim": 18, "eos_token_id": 95},
         vision_config={**VIT, "hidden_size": 30, "projection_dim": 18},
         projection_dim=18,
     ),
@@ -89,7 +89,7 @@ MULTIMODAL: Builders = {
     "groupvit": model(
         "GroupViTModel",
         "GroupViTConfig",
-        text_config=BERT,
+        text_config={**BERT, "eos_token_id": 95},
         vision_config={
             **VIT,
             "depths": [1, 1],

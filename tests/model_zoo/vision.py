@@ -219,7 +219,7 @@ VISION: Builders = {
     "mobilevit": model(
         "MobileViTForImageClassification",
         "MobileViTConfig",
-        image_size=64,
+        image_size=128,
         hidden_sizes=[12, 16, 20],
         neck_hidden_sizes=[8, 8, 8, 12, 12, 16, 20],
         num_labels=5,
