@@ -3,6 +3,7 @@ load as the LayerNorm model in silence."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,26 +20,38 @@ _config_classes: dict[Any, Any] = {}
 
 
 def config_class(base: Any) -> Any:
-    """`base` under the `hf_rmsnorm` model type; everything else is inherited.
+    """`base` with the `hf_rmsnorm` model type in files; everything else is inherited.
 
-    That type is the class's, which files and Auto classes go by. Its instances say the model type
-    of `base`: the library's own code (generation, pipelines, weight conversions) asks for it.
+    In memory it has the model type of `base`: the library's own code, and others' (generation,
+    pipelines, weight conversions, adapters), ask for it. A file has its own, and that of `base` as
+    `base_model_type`.
     """
     if base not in _config_classes:
 
+        def get_config_dict(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            found, rest = base.get_config_dict.__func__(cls, *args, **kwargs)
+            if found.get("model_type") == MODEL_TYPE:
+                found = {**found, "model_type": found.get("base_model_type")}
+            return found, rest
+
         def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            found = base.from_dict.__func__(cls, config_dict, **kwargs)
-            config = found[0] if isinstance(found, tuple) else found
-            config.__dict__["model_type"] = base.model_type
-            return found
+            own = {**config_dict, "model_type": base.model_type}
+            return base.from_dict.__func__(cls, own, **kwargs)
+
+        def to_json_string(self: Any, *args: Any, **kwargs: Any) -> str:
+            found = json.loads(base.to_json_string(self, *args, **kwargs))
+            return json.dumps({**found, "model_type": MODEL_TYPE}, indent=2, sort_keys=True) + "\n"
 
         def reduce(self: Any, protocol: Any) -> Any:
             return new_config, (base,), dict(self.__dict__)
 
         name = f"RMSNorm{base.__name__}"
         members = {
-            "model_type": MODEL_TYPE,
+            "file_type": MODEL_TYPE,
+            "get_config_dict": classmethod(get_config_dict),
             "from_dict": classmethod(from_dict),
+            "to_json_string": to_json_string,
+            "_auto_class": None,  # remote code saves itself; this class is not in its file
             "__reduce_ex__": reduce,
             "__module__": __name__,
             "__qualname__": name,
@@ -54,14 +67,13 @@ def new_config(base: Any) -> Any:
 
 
 def is_marked(config: PreTrainedConfig) -> bool:
-    return type(config).model_type == MODEL_TYPE
+    return getattr(type(config), "file_type", None) == MODEL_TYPE
 
 
 def mark_config(config: PreTrainedConfig, record: dict[str, Any]) -> None:
     """Make a config of transformers one of the `hf_rmsnorm` type, in place."""
     cls = config_class(type(config))
-    marks = {RECORD: record, "base_model_type": config.model_type, "model_type": config.model_type}
-    config.__dict__.update(marks)
+    config.__dict__.update({RECORD: record, "base_model_type": config.model_type})
     config.__class__ = cls
 
 
@@ -70,9 +82,10 @@ def unmark_config(config: PreTrainedConfig) -> None:
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
             unmark_config(value)
+    for name in (RECORD, "base_model_type"):  # in what was made of its `to_dict`, too
+        config.__dict__.pop(name, None)
     if is_marked(config):
-        for name in (RECORD, "base_model_type", "model_type", "auto_map"):
-            config.__dict__.pop(name, None)
+        config.__dict__.pop("auto_map", None)
         config.__class__ = type(config).__mro__[1]
 
 
@@ -82,7 +95,7 @@ def stock_class(model: Any, config: Any) -> Iterator[None]:
     parts of itself from it through `AutoModel`: those get their share of the patch with the
     whole."""
     ours = type(config)
-    stock = ours.__mro__[1] if ours.model_type == MODEL_TYPE else ours
+    stock = ours.__mro__[1] if _config_classes.get(ours.__mro__[1]) is ours else ours
     config.__class__ = model.__dict__["config_class"] = stock
     try:
         yield

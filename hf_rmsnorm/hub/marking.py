@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, modeling_utils
 from ..plan import PatchPlan
 from .configs import is_marked, mark_config, unmark_config
 from .exactness import Evidence, may_be_stock
-from .loading import base_class, model_class
+from .loading import base_class, model_class, register_models
 from .parts import SAVED, Saved, changes_the_class
 from .records import below, to_record
 
@@ -40,6 +40,7 @@ def mark(model: nn.Module, plan: PatchPlan) -> None:
         if inside or is_marked(part.config):
             continue
         marked.append(prefix)
+        register_models(type(part.config))  # `from_config` of the marked one
         mark_config(_own_config(model, part), part.__dict__[SAVED].record)
 
 
