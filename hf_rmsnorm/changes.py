@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -44,7 +44,7 @@ class Changes:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # originals, on the CPU
     written: dict[str, bytes] = field(default_factory=dict)  # fingerprints of what replaced them
     moved: dict[str, float] = field(default_factory=dict)  # how far from the originals, relatively
-    guard: RemovableHandle | None = None
+    guards: list[RemovableHandle] = field(default_factory=list)
 
     def open(self, model: nn.Module, name: str) -> tuple[nn.Module, ModuleChange]:
         """The module called `name`, and a new entry to note its changes in."""
@@ -63,18 +63,23 @@ class Changes:
         self.written[name] = _fingerprint(tensor)
 
     def watch_loading(self, model: nn.Module) -> None:
-        """Have `model.load_state_dict` refuse the weights that were overwritten."""
-        if self.tensors:
-            self.guard = model.register_load_state_dict_pre_hook(self._refuse_originals)
+        """Have `load_state_dict` of the model, and of each part of it, refuse the weights that were
+        overwritten there: before any is loaded, so in every module above them."""
+        paths = {p: None for name in self.tensors for p in _above(name)}  # in order
+        for path in paths:
+            part, guard = model.get_submodule(path), _RefuseOriginals(self, path)
+            self.guards.append(part.register_load_state_dict_pre_hook(guard))
 
-    def _refuse_originals(
-        self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
-    ) -> None:
-        """A hook; a method, so that a patched model can be pickled."""
+    def refuse_originals(self, path: str, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """`PatchError` if `state_dict`, of the module at `path`, has one of the originals."""
+        start = path + "." if path else ""
         for name, original in self.tensors.items():
-            if _same_values(state_dict.get(prefix + name), original, self.moved[name]):
+            given = prefix + name.removeprefix(start)
+            if name.startswith(start) and _same_values(
+                state_dict.get(given), original, self.moved[name]
+            ):
                 raise PatchError(
-                    f"{prefix}{name} in the state dict is that of the unpatched model, which the "
+                    f"{given} in the state dict is that of the unpatched model, which the "
                     "patch has folded: with it the patched model would compute something else. "
                     "Load such weights before patch_model, or call unpatch_model first"
                 )
@@ -95,9 +100,9 @@ class Changes:
         ]
 
     def undo(self, model: nn.Module) -> None:
-        if self.guard is not None:
-            self.guard.remove()
-            self.guard = None
+        for guard in self.guards:
+            guard.remove()
+        self.guards.clear()
         for name, original in self.tensors.items():
             _overwrite(get_tensor(model, name), original)
         for change in reversed(self.modules):
@@ -121,6 +126,25 @@ class Changes:
         self.tensors.clear()
         self.written.clear()
         self.moved.clear()
+
+
+class _RefuseOriginals:
+    """A hook; a class, so that a patched model can be pickled."""
+
+    def __init__(self, changes: Changes, path: str):
+        self.changes, self.path = changes, path
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+    ) -> None:
+        self.changes.refuse_originals(self.path, state_dict, prefix)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The paths of the modules that hold the tensor called `name`, from the outermost to its own:
+    `""`, `"h"`, `"h.0"` for `h.0.weight`."""
+    parts = name.split(".")
+    return (".".join(parts[:i]) for i in range(len(parts)))
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
