@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from tiny_models import forward, gpt2, train
+from tiny_models import TOKENS, forward, gpt2, train
 
-from hf_rmsnorm import patch_model
+from hf_rmsnorm import patch_model, unpatch_model
 
 
 @pytest.mark.parametrize("strategy", ["auto", "direct"])
@@ -38,3 +41,51 @@ def test_nothing_is_said_about_the_base_when_it_is_saved_or_loaded(
         logging.getLogger("transformers").removeHandler(caplog.handler)
     assert "model of type" not in caplog.text
     assert torch.equal(forward(again), forward(model))
+
+
+EMBEDDING_ADAPTERS: dict[str, dict[str, Any]] = {
+    "tokens": {"trainable_token_indices": [5, 9]},
+    "lora": {"target_modules": ["wte"]},
+    "dora": {"target_modules": ["wte"], "use_dora": True},
+    "whole": {"modules_to_save": ["wte"], "target_modules": ["c_attn"]},
+}
+
+
+def as_it_is(model: Any) -> Any:
+    return model
+
+
+def through_pickle(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize(
+    "kind, reached",
+    [(kind, as_it_is) for kind in EMBEDDING_ADAPTERS]
+    + [("tokens", copy.deepcopy), ("tokens", through_pickle)],
+)
+def test_an_embedding_stays_centred_under_an_adapter(kind: str, reached: Callable) -> None:
+    original, model = gpt2(), reached(patch_model(gpt2()))
+    lora = LoraConfig(**{"target_modules": ["c_proj"], **EMBEDDING_ADAPTERS[kind]}, r=2)
+    lora.fan_in_fan_out = "wte" not in (lora.target_modules or ())
+    adapted = get_peft_model(model, lora)
+    torch.testing.assert_close(forward(adapted), forward(original), rtol=1e-5, atol=1e-5)
+    train(adapted, 1e-2)
+    with torch.no_grad():
+        trained = model.transformer.wte(TOKENS["input_ids"])
+        assert trained.mean(-1).abs().max() < 1e-6
+        merged = adapted.merge_and_unload().transformer.wte(TOKENS["input_ids"])
+    assert not torch.equal(merged, original.transformer.wte(TOKENS["input_ids"]))
+    torch.testing.assert_close(merged, trained, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_embedding_is_centred() -> None:
+    original, model = gpt2(), patch_model(gpt2())
+    for changed in (original, model):
+        torch.manual_seed(0)
+        changed.set_input_embeddings(torch.nn.Embedding(53, 24))
+    assert torch.equal(original.transformer.wte.weight, model.transformer.wte.weight)
+    torch.testing.assert_close(forward(model), forward(original), rtol=1e-5, atol=1e-5)
+    unpatch_model(model)
+    assert not model.transformer.wte._forward_hooks
