@@ -34,6 +34,7 @@ class ModuleChange:
     parameters: list[str] = field(default_factory=list)  # empty slots that were added
     grown: dict[str, int] = field(default_factory=dict)  # parameter -> axis it is longer along
     hooks: list[RemovableHandle] = field(default_factory=list)
+    new_class: type | None = None  # what it became
 
 
 @dataclass
@@ -97,6 +98,16 @@ class Changes:
         """Names of overwritten tensors that no longer hold what was written."""
         return [
             n for n, print_ in self.written.items() if _fingerprint(get_tensor(model, n)) != print_
+        ]
+
+    def replaced_since(self, model: nn.Module) -> list[str]:
+        """Names of changed modules in whose place there is another one now."""
+        return [
+            change.name
+            for change in self.modules
+            if not isinstance(
+                model.get_submodule(change.name), change.new_class or change.original_class
+            )
         ]
 
     def undo(self, model: nn.Module) -> None:
@@ -194,7 +205,7 @@ def become(module: nn.Module, new_class: type, change: ModuleChange) -> None:
     if "forward" in own and "_hf_hook" not in own:
         # left by another library (Liger, kernels): it would hide ours
         change.attributes["forward"] = own.pop("forward")
-    module.__class__ = new_class
+    module.__class__ = change.new_class = new_class
     if "_old_forward" in own:  # the one that accelerate's hook calls
         set_attribute(module, change, "_old_forward", MethodType(new_class.forward, module))  # type: ignore[attr-defined]
 

@@ -15,7 +15,7 @@ import transformers
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tiny_models import TOKENS, forward, gpt2, train
 
-from hf_rmsnorm import patch_model, unpatch_model
+from hf_rmsnorm import PatchError, patch_model, unpatch_model
 
 
 @pytest.mark.parametrize("strategy", ["auto", "direct"])
@@ -78,6 +78,20 @@ def test_an_embedding_stays_centred_under_an_adapter(kind: str, reached: Callabl
         merged = adapted.merge_and_unload().transformer.wte(TOKENS["input_ids"])
     assert not torch.equal(merged, original.transformer.wte(TOKENS["input_ids"]))
     torch.testing.assert_close(merged, trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"trainable_token_indices": [5]}, {"modules_to_save": ["ln_f"]}]
+)
+def test_unpatching_under_an_adapter_is_refused(settings: Any) -> None:
+    original, model = gpt2(), patch_model(gpt2())
+    lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, **settings)
+    adapted = get_peft_model(model, lora)
+    before = forward(model)
+    with pytest.raises(PatchError, match=r"^transformer\.(wte|ln_f) .*unload adapters"):
+        unpatch_model(adapted)
+    assert torch.equal(forward(adapted), before)
+    assert torch.equal(forward(unpatch_model(adapted.unload())), forward(original))
 
 
 def test_a_new_embedding_is_centred() -> None:
