@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PatchError
 from . import modeling
+from .adapters import mark_adapters
 from .autos import auto_map
 from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
@@ -42,6 +43,7 @@ def save_patched(
     """As `PreTrainedModel.save_pretrained`, in a format that loads as what the model computes."""
     native: Any = base.save_pretrained  # type: ignore[attr-defined]
     if getattr(model, "_hf_peft_config_loaded", False):  # writes the adapter alone
+        mark_adapters(model)
         native(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         return
     target = Path(save_directory)
