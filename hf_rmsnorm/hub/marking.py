@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
 from ..plan import PatchPlan
-from .configs import is_marked, mark_config, unmark_config
+from .configs import is_marked, mark_config, stock_config, unmark_config
 from .exactness import Evidence, may_be_stock
 from .loading import base_class, model_class, register_models
 from .parts import SAVED, Saved, changes_the_class
@@ -35,7 +35,7 @@ def mark(model: nn.Module, plan: PatchPlan) -> None:
         exact = fresh and part is model and may_be_stock(plan) and here
         evidence = Evidence(part, plan.folds) if exact else None
         part.__dict__[SAVED] = Saved(inner, to_record(part, inner), evidence)
-        _become(part, model_class(base))
+        _become(part, model_class(base, stock_config(part.config)))
         inside = any(not outer or prefix.startswith(outer + ".") for outer in marked)
         if inside or is_marked(part.config):
             continue
