@@ -173,6 +173,7 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
     """A checkpoint, or with `--random-weights` a model built from its config alone."""
     import transformers
 
+    from .hub.autos import remote_auto_class
     from .hub.folders import check_exists
     from .hub.loading import from_pretrained
 
@@ -183,9 +184,13 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
             path, dtype=arguments.dtype, trust_remote_code=arguments.trust
         ).eval()
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust)
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    names = config.architectures or [""]
+    cls = getattr(transformers, names[0], None)
+    auto = getattr(transformers, remote_auto_class(getattr(config, "auto_map", None), names))
     torch.manual_seed(0)
-    model: nn.Module = cls(config) if cls else transformers.AutoModel.from_config(config)
+    model: nn.Module = (
+        cls(config) if cls else auto.from_config(config, trust_remote_code=arguments.trust)
+    )
     with torch.no_grad():  # fresh ones and zeros would make post-norm models look convertible
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
