@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -37,6 +37,7 @@ class ModuleChange:
     parameters: list[str] = field(default_factory=list)  # empty slots that were added
     grown: dict[str, tuple[int, int]] = field(default_factory=dict)  # -> (axis, length before)
     hooks: list[Callable[..., Any]] = field(default_factory=list)
+    new_class: type | None = None  # what it became
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Changes:
     written: dict[str, bytes] = field(default_factory=dict)  # fingerprints of what replaced them
     moved: dict[str, float] = field(default_factory=dict)  # how far from the originals, relatively
     replaced: dict[str, nn.Parameter] = field(default_factory=dict)  # until the patch is done
+    guards: list[Callable[..., Any]] = field(default_factory=list)
 
     def open(self, model: nn.Module, name: str) -> tuple[nn.Module, ModuleChange]:
         """The module called `name`, and a new entry to note its changes in."""
@@ -66,18 +68,24 @@ class Changes:
         self.written[name] = _fingerprint(tensor)
 
     def watch_loading(self, model: nn.Module) -> None:
-        """Have `model.load_state_dict` refuse the weights that were overwritten."""
-        if self.tensors:
-            model.register_load_state_dict_pre_hook(self._refuse_originals)
+        """Have `load_state_dict` of the model, and of each part of it, refuse the weights that were
+        overwritten there: before any is loaded, so in every module above them."""
+        paths = {p: None for name in self.tensors for p in _above(name)}  # in order
+        for path in paths:
+            guard = _RefuseOriginals(self, path)
+            self.guards.append(guard)
+            model.get_submodule(path).register_load_state_dict_pre_hook(guard)
 
-    def _refuse_originals(
-        self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
-    ) -> None:
-        """A hook; a method, so that a patched model can be pickled."""
+    def refuse_originals(self, path: str, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """`PatchError` if `state_dict`, of the module at `path`, has one of the originals."""
+        start = path + "." if path else ""
         for name, original in self.tensors.items():
-            if _same_values(state_dict.get(prefix + name), original, self.moved[name]):
+            given = prefix + name.removeprefix(start)
+            if name.startswith(start) and _same_values(
+                state_dict.get(given), original, self.moved[name]
+            ):
                 raise PatchError(
-                    f"{prefix}{name} in the state dict is that of the unpatched model, which the "
+                    f"{given} in the state dict is that of the unpatched model, which the "
                     "patch has folded: with it the patched model would compute something else. "
                     "Load such weights before patch_model, or call unpatch_model first"
                 )
@@ -106,9 +114,21 @@ class Changes:
             and not _holds(tensor, self.tensors.get(name))
         ]
 
+    def replaced_since(self, model: nn.Module) -> list[str]:
+        """Names of changed modules in whose place there is another one now."""
+        return [
+            change.name
+            for change in self.modules
+            if not isinstance(
+                model.get_submodule(change.name), change.new_class or change.original_class
+            )
+        ]
+
     def undo(self, model: nn.Module) -> None:
         """Take everything back, in the reverse order; again does no harm."""
-        _remove_hook(model, self._refuse_originals)
+        noted = [*self.guards, *(hook for change in self.modules for hook in change.hooks)]
+        for module in model.modules():
+            _remove_hooks(module, noted)
         for change in reversed(self.modules):
             module = model.get_submodule(change.name)
             module.__class__ = change.original_class
@@ -119,8 +139,6 @@ class Changes:
                     module.__dict__[name] = value
             for name in change.parameters:
                 module._parameters.pop(name, None)
-            for hook in change.hooks:
-                _remove_hook(module, hook)
             for name, (axis, length) in change.grown.items():
                 now = module._parameters[name]
                 assert now is not None
@@ -139,11 +157,12 @@ class Changes:
         self.moved.clear()
 
 
-def _remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """By the hook, not by the handle that registering it gives back, maybe too late."""
+def _remove_hooks(module: nn.Module, noted: Iterable[Callable[..., Any]]) -> None:
+    """By the hooks, not by the handles that registering them gives back, maybe too late."""
+    ours = set(map(id, noted))
     for kind in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks"):
         hooks = getattr(module, kind)
-        for key in [key for key, found in hooks.items() if getattr(found, "hook", found) == hook]:
+        for key in [key for key, hook in hooks.items() if id(getattr(hook, "hook", hook)) in ours]:
             for table in (hooks, getattr(module, f"{kind}_with_kwargs", {})):
                 table.pop(key, None)
 
@@ -159,6 +178,25 @@ def _holds(tensor: Tensor, original: Tensor | None) -> bool:
         return False
     short = _cut(original, data)
     return data.dtype == short.dtype and _fingerprint(data) == _fingerprint(short)
+
+
+class _RefuseOriginals:
+    """A hook; a class, so that a patched model can be pickled."""
+
+    def __init__(self, changes: Changes, path: str):
+        self.changes, self.path = changes, path
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+    ) -> None:
+        self.changes.refuse_originals(self.path, state_dict, prefix)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The paths of the modules that hold the tensor called `name`, from the outermost to its own:
+    `""`, `"h"`, `"h.0"` for `h.0.weight`."""
+    parts = name.split(".")
+    return (".".join(parts[:i]) for i in range(len(parts)))
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
@@ -209,7 +247,7 @@ def become(module: nn.Module, new_class: type, change: ModuleChange) -> None:
         # left by another library (Liger, kernels): it would hide ours
         change.attributes["forward"] = own["forward"]
         del own["forward"]
-    module.__class__ = new_class
+    module.__class__ = change.new_class = new_class
     if "_old_forward" in own:  # the one that accelerate's hook calls
         set_attribute(module, change, "_old_forward", MethodType(new_class.forward, module))  # type: ignore[attr-defined]
 

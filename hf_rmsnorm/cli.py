@@ -173,6 +173,7 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
     """A checkpoint, or with `--random-weights` a model built from its config alone."""
     import transformers
 
+    from .hub.autos import remote_auto_class
     from .hub.folders import check_exists
     from .hub.loading import from_pretrained
     from .hub.weights import named_class, typed_errors
@@ -190,7 +191,11 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
     with typed_errors(path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust)
         cls = named_class({"architectures": config.architectures}, path)
-        model: nn.Module = cls(config) if cls else transformers.AutoModel.from_config(config)
+        auto_map, names = getattr(config, "auto_map", None), config.architectures or ()
+        auto = getattr(transformers, remote_auto_class(auto_map, names))
+        model: nn.Module = (
+            cls(config) if cls else auto.from_config(config, trust_remote_code=arguments.trust)
+        )
     with torch.no_grad():  # fresh ones and zeros would make post-norm models look convertible
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

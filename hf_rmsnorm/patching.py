@@ -245,8 +245,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Weights that the patch did not touch keep any training since, norm weights too.
 
     Raises:
-        PatchError: the model is not patched, or weights that the patch folded were trained since
-            (their original values would throw that training away).
+        PatchError: the model is not patched; weights that the patch folded were trained since
+            (their original values would throw that training away); a module that it changed was
+            replaced since, by an adapter's wrapper say.
         Anything else, Ctrl-C or no memory say, is raised once the model is unpatched. Should that
         fail too, the model refuses to be saved or patched until another call has finished it.
     """
@@ -259,6 +260,12 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 
 def _require_untrained(model: nn.Module, record: _Record) -> None:
+    if not record.undoing and (replaced := record.changes.replaced_since(model)):
+        raise PatchError(
+            f"{replaced[0]} was changed by the patch and is a "
+            f"{type(model.get_submodule(replaced[0])).__name__} now: unload adapters, or take back "
+            "what else has replaced it, first"
+        )
     if touched := record.changes.touched_since(model):
         raise PatchError(
             f"{touched[0]} was folded by the patch and has changed since (trained, cast, sharded, "

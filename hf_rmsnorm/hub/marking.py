@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
 from ..plan import PatchPlan
-from .configs import is_marked, mark_config, unmark_config
+from .configs import is_marked, mark_config, stock_config, unmark_config
 from .exactness import Evidence, may_be_stock
-from .loading import base_class, model_class
+from .loading import base_class, model_class, register_models
 from .parts import SAVED, Saved, changes_the_class
 from .records import below, to_record
 
@@ -35,11 +35,12 @@ def mark(model: nn.Module, plan: PatchPlan) -> None:
         exact = fresh and part is model and may_be_stock(plan) and here
         evidence = Evidence(part, plan.folds) if exact else None
         part.__dict__[SAVED] = Saved(inner, to_record(part, inner), evidence)
-        _become(part, model_class(base))
+        _become(part, model_class(base, stock_config(part.config)))
         inside = any(not outer or prefix.startswith(outer + ".") for outer in marked)
         if inside or is_marked(part.config):
             continue
         marked.append(prefix)
+        register_models(type(part.config))  # `from_config` of the marked one
         mark_config(_own_config(model, part), part.__dict__[SAVED].record)
 
 

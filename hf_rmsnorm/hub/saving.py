@@ -23,8 +23,9 @@ from transformers.utils.hub import hf_api
 
 from ..errors import PatchError
 from . import modeling
+from .adapters import mark_adapters
 from .answers import answers_of
-from .autos import auto_map
+from .autos import auto_map, place
 from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
 from .folders import move_into
@@ -45,6 +46,7 @@ def save_patched(
     """As `PreTrainedModel.save_pretrained`, in a format that loads as what the model computes."""
     native: Any = base.save_pretrained  # type: ignore[attr-defined]
     if getattr(model, "_hf_peft_config_loaded", False):  # writes the adapter alone
+        mark_adapters(model)
         native(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         return
     target = Path(save_directory)
@@ -88,13 +90,16 @@ def _saving_config(
     old, cls = model.config, type(model)
     config = copy.deepcopy(old)
     unmark_config(config)
+    native, own = type(config), base.__module__.startswith("transformers.")
+    where: dict[str, Any] = {}
+    if own and native.__module__.startswith("transformers."):
+        config.__dict__.update(where := place(native, base))
     if stock is not None:
         setattr(config, RECORD, stock)
     else:
-        native = type(config)
         mark_config(config, record)
         config.auto_map = {}
-        if not base.__module__.startswith("transformers."):
+        if not own:
             config.base_model_type = f"{base.__module__}.{base.__name__}"  # never its base class
             warnings.warn(
                 f"{base.__name__} is not a class of transformers, so nothing can load the saved "
@@ -102,14 +107,11 @@ def _saving_config(
                 "patch_report(model), and load the weights",
                 stacklevel=4,
             )
-        elif not (known := auto_map(native, base.__name__)):
-            warnings.warn(
-                f"no Auto class of transformers has models of type {native.model_type!r}: load the "
-                "saved checkpoint with hf_rmsnorm.from_pretrained",
-                stacklevel=4,
-            )
+        elif where:
+            names = {"AutoConfig": "RMSNormAutoConfig", "AutoModel": base.__name__}
+            config.auto_map = {k: f"{modeling.MODULE}.{name}" for k, name in names.items()}
         else:
-            config.auto_map = known
+            config.auto_map = auto_map(native, base.__name__)
     try:
         model.config = config
         if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
