@@ -61,7 +61,7 @@ def _faults(plan: PatchPlan, modules: dict[str, nn.Module], model: nn.Module) ->
         if length is None or len(length) != 1:
             yield f"{scale.parameter} is no vector there"
         for writer, axis in scale.writers:
-            yield from _axis_faults(writer, shape(writer), axis, length and length[0])
+            yield from _axis_faults(writer, shape(writer), axis, length[0] if length else None)
     for absorb in plan.absorbs:
         if shape(absorb.bias) is None:
             yield f"it has no tensor {absorb.bias!r}"
@@ -69,14 +69,15 @@ def _faults(plan: PatchPlan, modules: dict[str, nn.Module], model: nn.Module) ->
             length = shape(bias)
             if length is None or len(length) != 1:
                 yield f"{bias} is no vector there"
-            yield from _axis_faults(weight_name, shape(weight_name), axis, length and length[0])
+            entries = length[0] if length else None
+            yield from _axis_faults(weight_name, shape(weight_name), axis, entries)
     for widen in plan.widens:
         hidden = shape(f"{widen.up}.bias")
         if hidden is None or len(hidden) != 1:
             yield f"{widen.up}.bias is no vector there"
         for side, axis in ((widen.up, widen.up_axis), (widen.down, widen.down_axis)):
             name = f"{side}.weight"
-            yield from _axis_faults(name, shape(name), axis, hidden and hidden[0])
+            yield from _axis_faults(name, shape(name), axis, hidden[0] if hidden else None)
         for needed in (f"{widen.down}.bias", *(f"{widen.norm}.{n}" for n in ("weight", "bias"))):
             if shape(needed) is None and (widen.norm or needed == f"{widen.down}.bias"):
                 yield f"it has no tensor {needed!r}"

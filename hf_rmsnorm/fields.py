@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Hashable
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _adapter(kind: Any) -> Any:
+def _adapter(kind: Hashable) -> Any:
     from pydantic import TypeAdapter  # takes longer to import than the rest of the package
 
     return TypeAdapter(kind)
@@ -39,7 +40,8 @@ def read_fields(kind: type[T], data: object, what: str) -> T:
 
     text = json.dumps(data, default=repr)
     try:
-        return _adapter(kind).validate_json(text, strict=True, extra="forbid")
+        adapter = _adapter(kind)  # type: ignore[arg-type]
+        return adapter.validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
         found = error.errors(include_url=False)
         faults = "; ".join(map(_fault, found[:3])) + ("; ..." if len(found) > 3 else "")

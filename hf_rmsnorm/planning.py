@@ -104,7 +104,7 @@ def plan_and_inputs(
         for site in sites
         if site.verdict == "approximate" and site.spec and site.spec.kind == "layernorm"
     }
-    plan = PatchPlan(norm, share, strategy, tuple(sites), hold=held)
+    plan = PatchPlan(norm, share, strategy, tuple(sites), hold=held)  # type: ignore[arg-type]
     kwargs = [] if inputs is None else resolve_inputs(model, inputs)
     if targets and strategy != "direct":
         require_plain_weights(model)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import PatchError
@@ -144,6 +144,8 @@ class RMSNormAutoConfig(PreTrainedConfig):
         base_type = str(config_dict.get("base_model_type"))
         if path is not None:
             check_record(config_dict.get(RECORD), where)
+            from transformers import PreTrainedModel  # not there yet when this file is imported
+
             model = library_class(path, PreTrainedModel, where)
             base = library_class(base_path, PreTrainedConfig, where)
             _placed[model.__name__] = model, base

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import hf_api
 
@@ -68,7 +69,10 @@ def save_patched(
         upload = _prepare_upload(target, kwargs) if push_to_hub else None
         with staging(target) as staged:
             _write_code(model, staged)
-            native(model, staged, True, state_dict, **kwargs)
+            try:
+                native(model, staged, True, state_dict, **kwargs)
+            except SafetensorError as error:
+                raise OSError(f"{target} cannot be written: {error}") from error
             _write_card(staged, target, model, upload)
             before = model._get_files_timestamps(target) if target.exists() else {}
             move_into(staged, target, kwargs.get("variant"))

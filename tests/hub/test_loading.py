@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import TOKENS, config_of, forward, gpt2, train
+from tiny_models import TOKENS, config_of, forward, gpt2, run_python, train
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -256,3 +256,11 @@ def test_saved_by_accelerate(
             assert_patched(again, format)
             assert torch.equal(forward(again), expected)
         (tmp_path / "weights" / "config.json").unlink()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("first", ["transformers", "transformers.modeling_utils", "hf_rmsnorm"])
+def test_the_order_of_imports_does_not_matter(first: str) -> None:
+    code = f"import {first}; import hf_rmsnorm; from hf_rmsnorm import from_pretrained"
+    done = run_python(code, package=True)
+    assert not done.returncode, done.stderr
