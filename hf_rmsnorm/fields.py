@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Hashable
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -23,7 +22,7 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _adapter(kind: Hashable) -> Any:
+def _adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter  # takes longer to import than the rest of the package
 
     return TypeAdapter(kind)

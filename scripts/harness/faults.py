@@ -27,6 +27,7 @@ from harness.tallies import (
     model,
     old_model,
     outputs,
+    patched,
     quiet,
     small_disk,
 )
@@ -34,7 +35,6 @@ from hf_rmsnorm import (
     PatchPlan,
     apply_plan,
     from_pretrained,
-    patch_model,
     plan_patch,
     unpatch_model,
 )
@@ -49,7 +49,8 @@ def kills(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
     torch.set_num_threads(1)  # a fork has one
     source, target = folder / "source", folder / "target"
     model("own").save_pretrained(source)
-    found, old = patch_model(model("own"), **KINDS["own"]), old_model("own")
+    found = patched("own")
+    old = old_model("own")
     wanted = [outputs(old), outputs(found)]
     flags = ["--norm", "prmsnorm", "--p", "0.25", "--strategy", "direct", "--overwrite"]
     ways = [
@@ -73,7 +74,7 @@ def kills(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
         tally.refused += said == "killed"
         if said not in ("", "killed"):
             tally.raw.append(f"{label}: {said}")
-        again = tally.attempt(label, lambda: from_pretrained(target))
+        again = tally.attempt(label, from_pretrained, target)
         if again is None or not any(torch.equal(outputs(again), x) for x in wanted):
             tally.half.append(f"{label}: it does not load as one of the two")
         check_thesis(tally, label, target)
@@ -89,7 +90,8 @@ def full_disks(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[in
     """No space, or files limited in size, at a random moment of a save."""
     choose = random.Random(seed)
     torch.set_num_threads(1)
-    found, old = patch_model(model("own"), **KINDS["own"]), old_model("own")
+    found = patched("own")
+    old = old_model("own")
     old.save_pretrained(folder / "plain")
     size = sum(map(len, contents(folder / "plain").values()))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -134,7 +136,7 @@ def mutations(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int
     cases = []
     for kind, arguments in KINDS.items():
         plan = plan_patch(model(kind), **{k: v for k, v in arguments.items() if k != "verify"})
-        patch_model(model(kind), **arguments).save_pretrained(folder / kind)
+        patched(kind).save_pretrained(folder / kind)
         config = json.loads((folder / kind / "config.json").read_text())
         cases.append((kind, model(kind), json.loads(plan.to_json()), config))
     for i in range(count):
@@ -143,11 +145,11 @@ def mutations(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int
         if i % 2:
             before, text = state(found), json.dumps(mutated(plan_data, seed + i))
             label = f"{kind} plan of seed {seed + i}"
-            read = tally.attempt(label, lambda text=text: PatchPlan.from_json(text))
+            read = tally.attempt(label, PatchPlan.from_json, text)
             if read is not None:
-                tally.attempt(label, lambda found=found, plan=read: apply_plan(found, plan))
+                tally.attempt(label, apply_plan, found, read)
                 if difference(before, state(found)):
-                    tally.attempt(label, lambda found=found: unpatch_model(found))
+                    tally.attempt(label, unpatch_model, found)
             if fault := difference(before, state(found)):
                 tally.half.append(f"{label}: {fault}")
                 cases[i % len(cases)] = (kind, model(kind), plan_data, config)
@@ -164,8 +166,8 @@ def mutations(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int
 
 def damages(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
     """One file of a checkpoint cut, changed, filled, emptied, replaced or gone."""
-    for kind, arguments in KINDS.items():
-        patch_model(model(kind), **arguments).save_pretrained(folder / kind)
+    for kind in KINDS:
+        patched(kind).save_pretrained(folder / kind)
     names = list(KINDS)
     for i in range(count):
         copied = folder / "damaged"
@@ -173,7 +175,7 @@ def damages(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
         label = f"{names[i % len(names)]}, seed {seed + i}: {damage(copied, seed + i)}"
         tally.tries += 1
         _loads_the_same_twice(tally, label, copied)
-        tally.attempt(f"{label}, card", lambda copied=copied: write_card(copied))
+        tally.attempt(f"{label}, card", write_card, copied)
         shutil.rmtree(copied)
         yield tally.tries
 
@@ -183,7 +185,7 @@ def _loads_the_same_twice(tally: Tally, label: str, folder: Path) -> None:
     refused, states = tally.refused, []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        found = tally.attempt(label, lambda: from_pretrained(folder))
+        found = tally.attempt(label, from_pretrained, folder)
         if found is None:
             tally.refused = min(tally.refused, refused + 1)
             return

@@ -56,11 +56,11 @@ class Lines:
         return self._line
 
 
-def lines_of(action: Callable[[], object]) -> int:
+def lines_of(action: Callable[..., object], *arguments: Any) -> int:
     """How many lines of the package `action` runs, from the second time on."""
-    action()
+    action(*arguments)
     with Lines() as lines:
-        action()
+        action(*arguments)
     return lines.count
 
 

@@ -22,6 +22,7 @@ from harness.tallies import (
     model,
     old_model,
     outputs,
+    patched,
     points,
 )
 from hf_rmsnorm import (
@@ -47,12 +48,14 @@ def patches(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
         def whole(found: Any, arguments: dict[str, Any] = arguments) -> Any:
             return patch_model(found, **arguments)
 
-        done = apply_plan(copied := copy.deepcopy(original), plan) or state(copied)
+        copied = copy.deepcopy(original)
+        apply_plan(copied, plan)
+        done = state(copied)
         for action in (whole, apply, unpatch_model):
             is_undo = action is unpatch_model
             start = copied if is_undo else original
             copies = [copy.deepcopy(start) for _ in range(2)]
-            total = lines_of(lambda action=action, copies=copies: action(copies.pop()))
+            total = lines_of(_of_the_next, action, copies)
             most = 1 + count // 10 if action is whole else count  # planning takes long
             for at in points(total, most, seed):
                 found, error = copy.deepcopy(start), ERRORS[at % 2]
@@ -60,12 +63,12 @@ def patches(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
                 label, raised = f"{kind}, {action.__name__}, line {at}", False
                 try:
                     with Lines(at, error) as lines:
-                        tally.attempt(label, lambda a=action, f=found: a(f))
+                        tally.attempt(label, action, found)
                 except ERRORS:
                     raised = True
                 label += f" ({lines.where})"
                 if is_undo and raised and difference(state(found), before):
-                    tally.attempt(label, lambda f=found: unpatch_model(f))  # not begun
+                    tally.attempt(label, unpatch_model, found)  # not begun
                 now = state(found)
                 wanted = before if is_undo or raised else done
                 if fault := difference(_comparable(wanted), _comparable(now)):
@@ -73,6 +76,10 @@ def patches(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
                     if same or not _is_whole(found, original):  # caught: another plan, maybe
                         tally.half.append(f"{label}: {fault}")
                 yield tally.tries
+
+
+def _of_the_next(action: Any, models: list[Any]) -> None:
+    action(models.pop())
 
 
 def _comparable(found: dict[str, Any]) -> dict[str, Any]:
@@ -88,8 +95,8 @@ def _is_whole(found: Any, original: Any) -> bool:
 
 def saves(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
     """An exception at lines of saving over an old checkpoint, and of loading."""
-    for kind, arguments in KINDS.items():
-        found = patch_model(model(kind), **arguments)
+    for kind in KINDS:
+        found = patched(kind)
         target = folder / kind
         old_model(kind).save_pretrained(target)
         (target / "thesis.txt").write_text(THESIS)
@@ -122,15 +129,15 @@ def saves(tally: Tally, count: int, seed: int, folder: Path) -> Iterator[int]:
         restore()
         save()
         expected = outputs(found)
-        total = lines_of(lambda target=target: from_pretrained(target))
+        total = lines_of(from_pretrained, target)
         for at in points(total, count, seed):
             tally.tries += 1
             label = f"{kind}, load, line {at}"
             with suppress(*ERRORS), Lines(at, ERRORS[at % 2]) as lines:
-                tally.attempt(label, lambda target=target: from_pretrained(target))
+                tally.attempt(label, from_pretrained, target)
             if at % 10:
                 continue
-            again = tally.attempt(label, lambda target=target: from_pretrained(target))
+            again = tally.attempt(label, from_pretrained, target)
             label += f" ({lines.where})"
             if again is None or not torch.equal(outputs(again), expected):
                 tally.half.append(f"{label}: it loads otherwise afterwards")

@@ -46,10 +46,10 @@ class Tally:
     def faults(self) -> int:
         return sum(map(len, (self.raw, self.half, self.random, self.lost)))
 
-    def attempt(self, label: str, action: Callable[[], Any]) -> Any:
+    def attempt(self, label: str, action: Callable[..., Any], *arguments: Any) -> Any:
         """What `action` gives, or None where it is refused with an error that says what it is."""
         try:
-            return action()
+            return action(*arguments)
         except TYPED as error:
             self.refused += 1
             if not str(error):
@@ -71,7 +71,7 @@ def model(kind: str, seed: int = 0) -> Any:
         made: Any = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
     else:
         sizes |= {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-        ids = {"bos_token_id": 1, "eos_token_id": 2}
+        ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
         made = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids))
     with torch.no_grad():
         for parameter in made.parameters():
@@ -100,6 +100,10 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def patched(kind: str) -> Any:
+    return patch_model(model(kind), **KINDS[kind])
 
 
 def old_model(kind: str) -> Any:
