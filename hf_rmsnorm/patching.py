@@ -152,9 +152,14 @@ def patch_model(
         )
         if verify and plan.precision:
             measured = verify_plan(target, plan, probed, apply_plan)
-        apply_plan(target, plan, measured)
-    _warn(plan, measured)
-    return model
+        try:
+            apply_plan(target, plan, measured)
+            _warn(plan, measured)
+            return model
+        except BaseException:  # such as a warning that is made an error
+            if _RECORD in target.__dict__:
+                _undo([(target, target.__dict__[_RECORD])])
+            raise
 
 
 def _warn(plan: PatchPlan, measured: Measurement | None) -> None:

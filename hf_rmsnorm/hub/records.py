@@ -233,13 +233,14 @@ def folds_of(model: Any, record: dict[str, Any], where: str) -> tuple[Fold, ...]
     names = _resolver(model, _tensors(model), where)
 
     def blocks(row: dict[str, Any]) -> tuple[tuple[int, int], ...] | None:
-        return None if row["blocks"] is None else tuple((i, j) for i, j in row["blocks"])
+        return None if row.get("blocks") is None else tuple((i, j) for i, j in row["blocks"])
 
-    return tuple(
-        Fold(parameter=name, blocks=blocks(row), **_rest(row, "blocks"))
-        for row in record["folds"]
-        for name in names(row)
-    )
+    with reading(where):
+        return tuple(
+            Fold(parameter=name, blocks=blocks(row), **_rest(row, "blocks"))
+            for row in record["folds"]
+            for name in names(row)
+        )
 
 
 def _rest(row: dict[str, Any], *left_out: str) -> dict[str, Any]:
