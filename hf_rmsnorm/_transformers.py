@@ -16,26 +16,38 @@ from torch import nn
 from .patching import on_patched, on_unpatched
 from .plan import PatchPlan
 
-_AUTO = "transformers.models.auto.configuration_auto"
+# What has something to do once another library's module is there, by that: a module of `hub`, and
+# a function in it that takes the other module, if importing ours is not all.
+_AFTER = {
+    "transformers.models.auto.configuration_auto": ("configs", ""),
+    "transformers.integrations.peft": ("adapters", "watch"),
+    "peft.peft_model": ("adapters", "watch"),
+    "peft.mixed_model": ("adapters", "watch"),
+}
 
 
 def connect() -> None:
-    """Register the `hf_rmsnorm` model type now, or as soon as transformers' Auto classes load."""
+    """Register the `hf_rmsnorm` model type, and watch adapters: now, or as soon as transformers'
+    Auto classes and peft load."""
     on_patched.append(_mark)
     on_unpatched.append(_unmark)
-    if _AUTO in sys.modules:
-        _hub("configs")  # registers itself
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+    for name in _AFTER:
+        if name in sys.modules:
+            _do(name)
+        else:
+            sys.meta_path.insert(0, _AfterImport(name))
 
 
 class _AfterImport(MetaPathFinder):
-    """Imports `hub.configs` after the first import of `_AUTO`, then is gone."""
+    """Does what there is to do after the first import of a module, then is gone."""
+
+    def __init__(self, name: str):
+        self.name = name
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _AUTO:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -43,12 +55,19 @@ class _AfterImport(MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def exec_and_register(module: ModuleType) -> None:
+        def exec_and_do(module: ModuleType) -> None:
             execute(module)
-            _hub("configs")  # registers itself
+            _do(name)
 
-        spec.loader.exec_module = exec_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_and_do  # type: ignore[method-assign]
         return spec
+
+
+def _do(name: str) -> None:
+    module, function = _AFTER[name]
+    ours = _hub(module)
+    if function:
+        getattr(ours, function)(sys.modules[name])
 
 
 def _hub(module: str) -> Any:

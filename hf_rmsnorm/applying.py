@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from .changes import Changes, add_empty_parameters, become, get_tensor, set_attribute
 from .errors import PatchError
-from .modules import CenteredEmbedding, PartialRMSNorm, RMSNorm, subtract_mean
+from .modules import PartialRMSNorm, RMSNorm, subtract_mean
 from .plan import PatchPlan, Site
 from .probing import Center, Fold, fold_tensor, scale_tensor
 from .probing.facts import shift_term, with_unit
@@ -110,16 +113,61 @@ def swap_norms(model: nn.Module, plan: PatchPlan, sites: list[Site], changes: Ch
 
 
 def add_centers(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:
-    """Put the plan's mean subtractions where it says."""
+    """Put the plan's mean subtractions where it says: on the modules that are there now, and on
+    what comes into their places, such as the wrappers of adapters."""
     for center in plan.centers:
         module, change = changes.open(model, center.module)
-        if type(module) is nn.Embedding and (center.side, center.axis) == ("output", -1):
-            become(module, CenteredEmbedding, change)
-        elif center.side == "output":
-            change.hooks.append(module.register_forward_hook(_CenterOutput(center)))
-        else:
-            hook = module.register_forward_pre_hook(_CenterInput(center), with_kwargs=True)
-            change.hooks.append(hook)
+        handle = _hook(module, center, change.hooks)
+        paths = [p for p, m in model.named_modules(remove_duplicate=False) if m is module and p]
+        for path in paths:
+            owner, _, name = path.rpartition(".")
+            parent, change = changes.open(model, owner)
+            place = Place(name, center, change.hooks, handle if len(paths) == 1 else None)
+            places = (*parent.__dict__.get(PLACES, ()), place)
+            set_attribute(parent, change, PLACES, places)
+
+
+PLACES = "_hf_rmsnorm_places"  # attribute of the parent of a centred module
+
+
+@dataclass
+class Place:
+    """A child, by name, whose input or output is centred, whichever module it is."""
+
+    name: str
+    center: Center
+    hooks: list[Callable[..., Any]]  # all there were, for who takes the patch back
+    handle: RemovableHandle | None  # that of the module now there, if it is nowhere else
+    watching: ClassVar[list[RemovableHandle]] = []
+
+    def __post_init__(self) -> None:
+        if not self.watching:
+            self.watching.append(register_module_module_registration_hook(_take_place))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
+
+def _take_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """A hook on every registration of a module in another. The mean is taken off once, by the
+    newcomer: it may not call the old one, and what it adds to that is centred, too."""
+    if module is None or module is parent._modules.get(name):
+        return
+    for place in parent.__dict__.get(PLACES, ()):
+        if place.name == name:
+            new = _hook(module, place.center, place.hooks)
+            if place.handle is not None:
+                place.handle.remove()
+                place.handle = new
+
+
+def _hook(module: nn.Module, center: Center, noted: list[Callable[..., Any]]) -> RemovableHandle:
+    hook = _CenterOutput(center) if center.side == "output" else _CenterInput(center)
+    noted.append(hook)
+    if center.side == "output":
+        return module.register_forward_hook(hook)
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 class _CenterOutput:
@@ -162,7 +210,8 @@ def _leave_fast_path(model: nn.Module, swapped: set[str], changes: Changes) -> N
             for child in ("norm1", "norm2"):
                 if (path := f"{name}.{child}".strip(".")) in swapped:
                     module, change = changes.open(model, path)
-                    change.hooks.append(module.register_forward_pre_hook(_call_me))
+                    change.hooks.append(_call_me)
+                    module.register_forward_pre_hook(_call_me)
         elif isinstance(parent, nn.TransformerEncoder) and parent.use_nested_tensor:
             _, change = changes.open(model, name)
             set_attribute(parent, change, "use_nested_tensor", False)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import enum
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .errors import PatchError
 from .probing.facts import extended
@@ -26,14 +25,19 @@ class _Absent(enum.Enum):
 
 @dataclass
 class ModuleChange:
-    """What one module was before."""
+    """What one module was before.
+
+    Each change is noted before it is made, and taking it back does nothing where it was not made,
+    so that a patch can be undone wherever it was interrupted, and an undo begun again.
+    """
 
     name: str
     original_class: type
     attributes: dict[str, Any] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)  # empty slots that were added
-    grown: dict[str, int] = field(default_factory=dict)  # parameter -> axis it is longer along
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    grown: dict[str, tuple[int, int]] = field(default_factory=dict)  # -> (axis, length before)
+    hooks: list[Callable[..., Any]] = field(default_factory=list)
+    new_class: type | None = None  # what it became
 
 
 @dataclass
@@ -44,7 +48,8 @@ class Changes:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # originals, on the CPU
     written: dict[str, bytes] = field(default_factory=dict)  # fingerprints of what replaced them
     moved: dict[str, float] = field(default_factory=dict)  # how far from the originals, relatively
-    guard: RemovableHandle | None = None
+    replaced: dict[str, nn.Parameter] = field(default_factory=dict)  # until the patch is done
+    guards: list[Callable[..., Any]] = field(default_factory=list)
 
     def open(self, model: nn.Module, name: str) -> tuple[nn.Module, ModuleChange]:
         """The module called `name`, and a new entry to note its changes in."""
@@ -63,18 +68,24 @@ class Changes:
         self.written[name] = _fingerprint(tensor)
 
     def watch_loading(self, model: nn.Module) -> None:
-        """Have `model.load_state_dict` refuse the weights that were overwritten."""
-        if self.tensors:
-            self.guard = model.register_load_state_dict_pre_hook(self._refuse_originals)
+        """Have `load_state_dict` of the model, and of each part of it, refuse the weights that were
+        overwritten there: before any is loaded, so in every module above them."""
+        paths = {p: None for name in self.tensors for p in _above(name)}  # in order
+        for path in paths:
+            guard = _RefuseOriginals(self, path)
+            self.guards.append(guard)
+            model.get_submodule(path).register_load_state_dict_pre_hook(guard)
 
-    def _refuse_originals(
-        self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
-    ) -> None:
-        """A hook; a method, so that a patched model can be pickled."""
+    def refuse_originals(self, path: str, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """`PatchError` if `state_dict`, of the module at `path`, has one of the originals."""
+        start = path + "." if path else ""
         for name, original in self.tensors.items():
-            if _same_values(state_dict.get(prefix + name), original, self.moved[name]):
+            given = prefix + name.removeprefix(start)
+            if name.startswith(start) and _same_values(
+                state_dict.get(given), original, self.moved[name]
+            ):
                 raise PatchError(
-                    f"{prefix}{name} in the state dict is that of the unpatched model, which the "
+                    f"{given} in the state dict is that of the unpatched model, which the "
                     "patch has folded: with it the patched model would compute something else. "
                     "Load such weights before patch_model, or call unpatch_model first"
                 )
@@ -85,21 +96,39 @@ class Changes:
         module, change = self.open(model, owner)
         old = module._parameters[attribute]
         assert old is not None
-        change.grown[attribute] = axis
+        change.grown[attribute] = (axis, old.shape[axis])
+        self.replaced[name] = old
         module._parameters[attribute] = nn.Parameter(extended(old, axis), old.requires_grad)
 
+    def settle(self) -> None:
+        """The patch is done: what was kept in case that it fails can go."""
+        self.replaced.clear()
+
     def touched_since(self, model: nn.Module) -> list[str]:
-        """Names of overwritten tensors that no longer hold what was written."""
+        """Names of overwritten tensors that hold neither what was written nor, as where an undo was
+        interrupted, their original."""
         return [
-            n for n, print_ in self.written.items() if _fingerprint(get_tensor(model, n)) != print_
+            name
+            for name, written in self.written.items()
+            if _fingerprint(tensor := get_tensor(model, name)) != written
+            and not _holds(tensor, self.tensors.get(name))
+        ]
+
+    def replaced_since(self, model: nn.Module) -> list[str]:
+        """Names of changed modules in whose place there is another one now."""
+        return [
+            change.name
+            for change in self.modules
+            if not isinstance(
+                model.get_submodule(change.name), change.new_class or change.original_class
+            )
         ]
 
     def undo(self, model: nn.Module) -> None:
-        if self.guard is not None:
-            self.guard.remove()
-            self.guard = None
-        for name, original in self.tensors.items():
-            _overwrite(get_tensor(model, name), original)
+        """Take everything back, in the reverse order; again does no harm."""
+        noted = [*self.guards, *(hook for change in self.modules for hook in change.hooks)]
+        for module in model.modules():
+            _remove_hooks(module, noted)
         for change in reversed(self.modules):
             module = model.get_submodule(change.name)
             module.__class__ = change.original_class
@@ -110,17 +139,64 @@ class Changes:
                     module.__dict__[name] = value
             for name in change.parameters:
                 module._parameters.pop(name, None)
-            for hook in change.hooks:
-                hook.remove()
-            for name, axis in change.grown.items():
-                long = module._parameters[name]
-                assert long is not None
-                short = long.detach().narrow(axis, 0, long.shape[axis] - 1).clone()
-                module._parameters[name] = nn.Parameter(short, long.requires_grad)
+            for name, (axis, length) in change.grown.items():
+                now = module._parameters[name]
+                assert now is not None
+                if now.shape[axis] > length:
+                    short = now.detach().narrow(axis, 0, length).clone()
+                    module._parameters[name] = nn.Parameter(short, now.requires_grad)
+        for name, parameter in self.replaced.items():
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = parameter
+        for name, original in self.tensors.items():
+            tensor = get_tensor(model, name)
+            _overwrite(tensor, _cut(original, tensor))
         self.modules.clear()
         self.tensors.clear()
         self.written.clear()
         self.moved.clear()
+
+
+def _remove_hooks(module: nn.Module, noted: Iterable[Callable[..., Any]]) -> None:
+    """By the hooks, not by the handles that registering them gives back, maybe too late."""
+    ours = set(map(id, noted))
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks"):
+        hooks = getattr(module, kind)
+        for key in [key for key, hook in hooks.items() if id(getattr(hook, "hook", hook)) in ours]:
+            for table in (hooks, getattr(module, f"{kind}_with_kwargs", {})):
+                table.pop(key, None)
+
+
+def _cut(original: Tensor, like: Tensor) -> Tensor:
+    """What was there before it was made longer, if `like` is not."""
+    return original[tuple(slice(length) for length in like.shape)]
+
+
+def _holds(tensor: Tensor, original: Tensor | None) -> bool:
+    data = tensor.detach()
+    if original is None or type(data) is not Tensor or data.is_meta or data.ndim != original.ndim:
+        return False
+    short = _cut(original, data)
+    return data.dtype == short.dtype and _fingerprint(data) == _fingerprint(short)
+
+
+class _RefuseOriginals:
+    """A hook; a class, so that a patched model can be pickled."""
+
+    def __init__(self, changes: Changes, path: str):
+        self.changes, self.path = changes, path
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+    ) -> None:
+        self.changes.refuse_originals(self.path, state_dict, prefix)
+
+
+def _above(name: str) -> Iterator[str]:
+    """The paths of the modules that hold the tensor called `name`, from the outermost to its own:
+    `""`, `"h"`, `"h.0"` for `h.0.weight`."""
+    parts = name.split(".")
+    return (".".join(parts[:i]) for i in range(len(parts)))
 
 
 def _overwrite(tensor: Tensor, value: Tensor) -> None:
@@ -169,8 +245,9 @@ def become(module: nn.Module, new_class: type, change: ModuleChange) -> None:
     own = module.__dict__
     if "forward" in own and "_hf_hook" not in own:
         # left by another library (Liger, kernels): it would hide ours
-        change.attributes["forward"] = own.pop("forward")
-    module.__class__ = new_class
+        change.attributes["forward"] = own["forward"]
+        del own["forward"]
+    module.__class__ = change.new_class = new_class
     if "_old_forward" in own:  # the one that accelerate's hook calls
         set_attribute(module, change, "_old_forward", MethodType(new_class.forward, module))  # type: ignore[attr-defined]
 
@@ -184,5 +261,5 @@ def set_attribute(module: nn.Module, change: ModuleChange, name: str, value: obj
 def add_empty_parameters(module: nn.Module, change: ModuleChange, *names: str) -> None:
     for name in names:
         if not hasattr(module, name):
-            module.register_parameter(name, None)
             change.parameters.append(name)
+            module.register_parameter(name, None)

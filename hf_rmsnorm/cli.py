@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,25 +57,25 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def patch(arguments: argparse.Namespace) -> int:
     """Write the patched checkpoint; beside first, so that a failure leaves nothing half-written."""
+    from .hub.folders import check_replaceable, move_into
+    from .hub.moving import staging
+
     out, source = Path(arguments.out), Path(arguments.model)
     if source.exists() and source.resolve().is_relative_to(out.resolve()):
         raise PatchError(f"{out} holds the unpatched model, which would be lost: choose another")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not arguments.overwrite:
         raise PatchError(f"{out} exists and is not empty: choose another, or pass --overwrite")
+    if out.is_dir():
+        check_replaceable(out)
     model: Any = patch_model(_load(arguments.model, arguments), **_patch_arguments(arguments))
     report = patch_report(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
-        target = Path(beside) / out.name
+    with staging(out) as staged:
         if (out / "README.md").is_file():  # saving merges a card that is there
-            target.mkdir()
-            shutil.copy2(out / "README.md", target)
-        model.save_pretrained(target)
-        _copy_processor(arguments.model, target)
-        (target / PLAN_FILE).write_text(report.plan.to_json() + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        target.rename(out)
+            shutil.copy2(out / "README.md", staged)
+        model.save_pretrained(staged)
+        _copy_processor(arguments.model, staged)
+        (staged / PLAN_FILE).write_text(report.plan.to_json() + "\n", encoding="utf-8")
+        move_into(staged, out, replace=True)
     print(report)
     print(f"written to {out}; load it with hf_rmsnorm.from_pretrained({str(out)!r})")
     return 0
@@ -174,19 +173,29 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
     """A checkpoint, or with `--random-weights` a model built from its config alone."""
     import transformers
 
+    from .hub.autos import remote_auto_class
     from .hub.folders import check_exists
     from .hub.loading import from_pretrained
+    from .hub.weights import named_class, typed_errors
 
     check_exists(path)
     transformers.utils.logging.disable_progress_bar()
     if not getattr(arguments, "random_weights", False):
         return from_pretrained(
-            path, dtype=arguments.dtype, trust_remote_code=arguments.trust
+            path,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust,
+            new_weights=arguments.new_weights,
         ).eval()
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust)
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
     torch.manual_seed(0)
-    model: nn.Module = cls(config) if cls else transformers.AutoModel.from_config(config)
+    with typed_errors(path):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust)
+        cls = named_class({"architectures": config.architectures}, path)
+        auto_map, names = getattr(config, "auto_map", None), config.architectures or ()
+        auto = getattr(transformers, remote_auto_class(auto_map, names))
+        model: nn.Module = (
+            cls(config) if cls else auto.from_config(config, trust_remote_code=arguments.trust)
+        )
     with torch.no_grad():  # fresh ones and zeros would make post-norm models look convertible
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -220,6 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     loading = argparse.ArgumentParser(add_help=False, parents=[trusting])
     loading.add_argument("model", help="checkpoint folder or hub name")
     loading.add_argument("--dtype", default="auto", help="dtype to load in (default: as saved)")
+    loading.add_argument(
+        "--new-weights",
+        nargs="+",
+        default=(),
+        metavar="GLOB",
+        help="weights that may be missing, and then start at random",
+    )
 
     patching = argparse.ArgumentParser(add_help=False)
     patching.add_argument("--norm", choices=NORMS, default="rmsnorm", help="default: rmsnorm")

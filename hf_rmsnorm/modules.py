@@ -202,14 +202,6 @@ class PartialRMSNorm(RMSNorm):
         self.p = p
 
 
-class CenteredEmbedding(nn.Embedding):
-    """An embedding whose output has its mean over the features subtracted; its weight is untouched,
-    so that a tied output head stays as it is."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return subtract_mean(super().forward(input))
-
-
 def subtract_mean(x: Tensor, axis: int = -1) -> Tensor:
     """`x - mean(x)` over `axis`, in float32 or better, in x's dtype again."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -12,6 +12,7 @@ from torch import nn
 from .applying import add_centers, fold_weights, swap_norms
 from .arguments import Inputs, unwrap
 from .changes import Changes
+from .checking import check_fits
 from .errors import PatchError
 from .plan import PatchPlan, Site, pattern_list
 from .planning import make_plan
@@ -52,6 +53,7 @@ class _Record:
     plan: PatchPlan
     measured: Measurement | None = None
     changes: Changes = field(default_factory=Changes)
+    undoing: bool = False  # or half undone, if that did not end
 
 
 def patch_model(
@@ -123,6 +125,7 @@ def patch_model(
     """
     target = unwrap(model) if isinstance(model, nn.Module) else model
     if isinstance(target, nn.Module) and (record := target.__dict__.get(_RECORD)):
+        _whole(target, [("", target, record)])
         wanted = (norm, record.plan.p if p is None else p)
         if wanted != (record.plan.norm, record.plan.p):
             raise PatchError(
@@ -189,20 +192,39 @@ def _warn(plan: PatchPlan, measured: Measurement | None) -> None:
         )
 
 
-def apply_plan(model: nn.Module, plan: PatchPlan, measured: Measurement | None = None) -> None:
-    """Do what `plan` says to `model`, wholly or not at all."""
+def apply_plan(
+    model: nn.Module,
+    plan: PatchPlan,
+    measured: Measurement | None = None,
+    *,
+    what: str = "the plan",
+) -> None:
+    """Do what `plan` says to `model`, wholly or not at all.
+
+    Args:
+        what: to call the plan, in errors.
+
+    Raises:
+        PatchError: the plan is not valid, or not for this model, or that is patched already.
+    """
     model = unwrap(model)
+    if _RECORD in model.__dict__:
+        raise PatchError(
+            f"this {type(model).__name__} is already patched: call unpatch_model first"
+        )
+    check_fits(plan, model, what)
     record = _Record(plan, measured)
     try:
+        model.__dict__[_RECORD] = record
         fold_weights(model, plan, record.changes)
         changed = [site for site in plan.sites if site.verdict != "kept"]
         swap_norms(model, plan, changed, record.changes)
         add_centers(model, plan, record.changes)
-        model.__dict__[_RECORD] = record
         for callback in on_patched:
             callback(model, plan)
+        record.changes.settle()
     except BaseException:
-        _undo(model, record)
+        _undo([(model, record)])
         raise
 
 
@@ -228,18 +250,27 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Weights that the patch did not touch keep any training since, norm weights too.
 
     Raises:
-        PatchError: the model is not patched, or weights that the patch folded were trained since
-            (their original values would throw that training away).
+        PatchError: the model is not patched; weights that the patch folded were trained since
+            (their original values would throw that training away); a module that it changed was
+            replaced since, by an adapter's wrapper say.
+        Anything else, Ctrl-C or no memory say, is raised once the model is unpatched. Should that
+        fail too, the model refuses to be saved or patched until another call has finished it.
     """
-    records = _require_records(model)
-    for _, owner, record in records:
+    found = _records(model) if isinstance(model, nn.Module) else []
+    found = found or _require_records(model)
+    for _, owner, record in found:
         _require_untrained(owner, record)
-    for _, owner, record in records:
-        _undo(owner, record)
+    _undo([(owner, record) for _, owner, record in found])
     return model
 
 
 def _require_untrained(model: nn.Module, record: _Record) -> None:
+    if not record.undoing and (replaced := record.changes.replaced_since(model)):
+        raise PatchError(
+            f"{replaced[0]} was changed by the patch and is a "
+            f"{type(model.get_submodule(replaced[0])).__name__} now: unload adapters, or take back "
+            "what else has replaced it, first"
+        )
     if touched := record.changes.touched_since(model):
         raise PatchError(
             f"{touched[0]} was folded by the patch and has changed since (trained, cast, sharded, "
@@ -247,16 +278,29 @@ def _require_untrained(model: nn.Module, record: _Record) -> None:
         )
 
 
-def _undo(model: nn.Module, record: _Record) -> None:
-    record.changes.undo(model)
-    if model.__dict__.pop(_RECORD, None) is not None:
+def _undo(patched: list[tuple[nn.Module, _Record]]) -> None:
+    """Take patches back, to the end also if an exception comes in between."""
+    for _, record in patched:
+        record.undoing = True
+    try:
+        _undo_all(patched)
+    except BaseException:
+        _undo_all(patched)
+        raise
+
+
+def _undo_all(patched: list[tuple[nn.Module, _Record]]) -> None:
+    for model, record in patched:
         for callback in on_unpatched:
             callback(model)
+        record.changes.undo(model)
+    for model, _ in patched:
+        model.__dict__.pop(_RECORD, None)
 
 
 def patched_parts(model: nn.Module) -> list[tuple[str, PatchPlan]]:
     """Path in `model` and plan of all that was patched there, each relative to its own path."""
-    return [(name, record.plan) for name, _, record in _records(model)]
+    return [(name, record.plan) for name, _, record in _whole(model, _records(model))]
 
 
 def _records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
@@ -270,7 +314,18 @@ def _records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
 
 def _require_records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
     if isinstance(model, nn.Module) and (found := _records(model)):
-        return found
+        return _whole(model, found)
     raise PatchError(
         f"this {type(model).__name__} was not patched by hf_rmsnorm: call patch_model first"
     )
+
+
+def _whole(
+    model: nn.Module, found: list[tuple[str, nn.Module, _Record]]
+) -> list[tuple[str, nn.Module, _Record]]:
+    if any(record.undoing for _, _, record in found):
+        raise PatchError(
+            f"this {type(model).__name__} is half unpatched, since taking its patch back was "
+            "interrupted: call unpatch_model, which finishes it"
+        )
+    return found

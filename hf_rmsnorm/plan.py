@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
 
 from .errors import PatchError
+from .fields import Share, read_fields
 from .probing import Center, Fold, LayerScale
 from .probing.facts import Absorb, Widen
 from .recipes import NormSpec
@@ -72,9 +75,9 @@ class PatchPlan:
         precision: dtype that the probe computed in; empty where no probe was needed.
     """
 
-    norm: str
-    p: float
-    strategy: str
+    norm: Literal["rmsnorm", "prmsnorm"]
+    p: Share
+    strategy: Literal["auto", "exact", "direct"]
     sites: tuple[Site, ...]
     absorbs: tuple[Absorb, ...] = ()
     layerscales: tuple[LayerScale, ...] = ()
@@ -89,7 +92,7 @@ class PatchPlan:
     filled: tuple[str, ...] = ()
     twin: str = ""
     precision: str = ""
-    version: int = FORMAT_VERSION
+    version: Annotated[int, Ge(1), Le(FORMAT_VERSION)] = FORMAT_VERSION
 
     def count(self, verdict: Verdict) -> int:
         return sum(site.verdict == verdict for site in self.sites)
@@ -153,26 +156,48 @@ class PatchPlan:
         """The inverse of `to_json`; `PatchError` for text that is not such a plan."""
         try:
             data = json.loads(text)
-            version = data["version"]
-            if version > FORMAT_VERSION:
-                raise PatchError(
-                    f"the plan has format version {version}, this hf_rmsnorm reads up to "
-                    f"{FORMAT_VERSION}: update the package"
-                )
-            sites = [
-                Site(**{**site, "spec": spec_from_dict(site["spec"])}) for site in data["sites"]
-            ]
-            kinds: dict[str, type] = {
-                "absorbs": Absorb,
-                "layerscales": LayerScale,
-                "folds": Fold,
-                "widens": Widen,
-                "centers": Center,
-            }
-            parts = {k: [kind(**_tuples(row)) for row in data[k]] for k, kind in kinds.items()}
-            return cls(**_tuples({**data, "sites": sites, **parts}))
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise PatchError(f"not a patch plan: {error!r}") from None
+        version = data.get("version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise PatchError(
+                f"the plan has format version {version}, this hf_rmsnorm reads up to "
+                f"{FORMAT_VERSION}: update the package"
+            )
+        plan = read_fields(cls, data, "the plan")
+        if missing := [name for name in (*_DOES, "version") if name not in data]:
+            raise PatchError(f"not a patch plan: {missing[0]!r} is missing")
+        return check_plan(plan)
+
+
+# Without one of these, a plan would do something else than what it calls exact.
+_DOES = ("absorbs", "layerscales", "folds", "widens", "centers")
+
+
+def check_plan(plan: object, what: str = "the plan") -> PatchPlan:
+    """`plan`, if every field of it has a value that it may have, and they fit together.
+
+    Raises:
+        PatchError: naming `what` it is, the field, what was found and what is allowed.
+    """
+    if not isinstance(plan, PatchPlan):
+        raise PatchError(f"{what} must be a PatchPlan, not a {type(plan).__name__}: see plan_patch")
+    read_fields(PatchPlan, asdict(plan), what)
+    if plan.norm == "rmsnorm" and plan.p != 1:
+        raise PatchError(f"{what} has p {plan.p!r}, but norm 'rmsnorm': only 'prmsnorm' has a p")
+    names = [site.name for site in plan.sites]
+    if len(names) > len(set(names)):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PatchError(f"{what} has the site {twice!r} more than once")
+    for site in plan.sites:
+        if site.spec is None and site.verdict != "kept":
+            raise PatchError(
+                f"{what} has {site.name} as {site.verdict}, without a spec of its norm"
+            )
+    for center in plan.centers:
+        if center.side == "input" and center.key is None:
+            raise PatchError(f"{what} subtracts a mean at {center}, without a key of the argument")
+    return plan
 
 
 def spec_from_dict(data: Mapping[str, Any] | None) -> NormSpec | None:

@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .applying import folded_weights
+from .checking import check_fits, fold_faults
 from .errors import PatchError
-from .plan import PatchPlan, Site, layer_pattern
+from .plan import PatchPlan, Site, check_plan, layer_pattern
 from .probing import Center, Fold, LayerScale
 from .probing.facts import Absorb, Widen, extended
 from .recipes import find_norms
+from .recipes.check import shape_of
 
 Item = TypeVar("Item", Site, Fold, Center, LayerScale)
 Tie = TypeVar("Tie", Absorb, Widen)
@@ -36,6 +38,7 @@ def fit_plan(plan: PatchPlan, model: nn.Module) -> PatchPlan:
         >>> twin = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))  # doctest: +SKIP
         >>> plan = fit_plan(plan_patch(twin, inputs=inputs), model)  # doctest: +SKIP
     """
+    check_plan(plan)
     modules = dict(model.named_modules())
     tensors = [
         *dict(model.named_parameters(remove_duplicate=False)),
@@ -49,7 +52,7 @@ def fit_plan(plan: PatchPlan, model: nn.Module) -> PatchPlan:
             f"{missing[0]} is a norm site of the model that the plan does not know: plan on a twin "
             "that has every type of layer"
         )
-    return replace(
+    fitted = replace(
         plan,
         sites=sites,
         absorbs=_repeat(plan.absorbs, tensors, optional=True),
@@ -58,6 +61,8 @@ def fit_plan(plan: PatchPlan, model: nn.Module) -> PatchPlan:
         folds=_spread(plan.folds, lambda fold: fold.parameter, tensors, depth),
         centers=_spread(plan.centers, lambda center: center.module, modules, depth),
     )
+    check_fits(fitted, model)
+    return fitted
 
 
 def fold_shard(
@@ -74,8 +79,14 @@ def fold_shard(
             tensors: LayerScale's vector, a norm's weight and bias, the weights that read it.
 
     Raises:
-        PatchError: such a tensor, and neither the shard nor `read` has it.
+        PatchError: such a tensor, and neither the shard nor `read` has it; a plan that is not
+            valid, or gives axes and sizes that the shard's tensors do not have.
     """
+    check_plan(plan)
+    for fold in plan.folds:
+        for name in (fold.parameter, *fold.aliases):
+            if name in shard and (faults := list(fold_faults(fold, shape_of(shard[name])))):
+                raise PatchError(f"the plan does not fit this shard: {faults[0]}")
     grown = {name: axis for widen in plan.widens for name, axis in widen.grown.items()}
 
     def find(name: str) -> Tensor | None:

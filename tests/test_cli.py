@@ -54,11 +54,13 @@ def test_patch_then_verify(checkpoint: Path, capsys: pytest.CaptureFixture[str])
     assert main(["verify", str(checkpoint), str(out)]) == 0
     assert "within" in capsys.readouterr().out
     (out / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
-    (out / "old.bin").write_text("old")
+    (out / "pytorch_model.bin").write_text("old")
+    (out / "thesis.txt").write_text("not of a checkpoint")
     assert main(["patch", str(checkpoint), str(out), "--overwrite"]) == 0
     card = (out / "README.md").read_text()
     assert "license: mit" in card and "Mine.\n" in card and "- hf_rmsnorm" in card
-    assert not (out / "old.bin").exists()
+    assert not (out / "pytorch_model.bin").exists()
+    assert (out / "thesis.txt").read_text() == "not of a checkpoint"
     direct = checkpoint.parent / "direct"
     assert main(["patch", str(checkpoint), str(direct), "--strategy", "direct"]) == 0
     assert main(["verify", str(checkpoint), str(direct)]) == 1
@@ -99,8 +101,44 @@ def test_the_only_copy_of_the_unpatched_model_is_not_replaced(
         assert main(["patch", str(source), str(out), "--overwrite"]) == 2
         assert f"{out} holds the unpatched model" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert sorted(path.name for path in around.iterdir()) == ["link", "model"]
     inside = checkpoint / "patched"
     assert main(["patch", str(checkpoint), str(inside), "--strategy", "direct"]) == 0
+
+
+@pytest.mark.parametrize("out", [".", "sub/..", "../here", "link"])
+def test_any_spelling_of_the_target_is_written_and_replaced(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    here = checkpoint.parent / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    if out == "sub/..":  # what is in the folder, but for a checkpoint, stays
+        (here / "sub").mkdir()
+        (here / "config.json").write_text('{"model_type": "gpt2"}')
+    if out == "link":
+        (here / "link").symlink_to(checkpoint.parent / "elsewhere")
+    flags = ["--overwrite"] if out == "sub/.." else []
+    assert main(["patch", str(checkpoint), out, *flags]) == 0
+    assert main(["verify", str(checkpoint), out]) == 0
+    (Path(out) / "thesis.txt").write_text("mine")
+    assert main(["patch", str(checkpoint), out, "--overwrite", "--strategy", "direct"]) == 0
+    assert main(["verify", str(checkpoint), out]) == 1
+    assert (Path(out) / "thesis.txt").read_text() == "mine"
+    assert (here / "sub").is_dir() == (out == "sub/..")
+    assert not [path for path in (*here.iterdir(), *here.parent.iterdir()) if ".hf_" in path.name]
+
+
+def test_a_config_of_something_else_is_not_replaced(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = checkpoint.parent / "app"
+    app.mkdir()
+    for text in ('{"port": 8080}', "[1, 2]", "{"):
+        (app / "config.json").write_text(text)
+        assert main(["patch", str(checkpoint), str(app), "--overwrite"]) == 2
+        assert f"{app}" in capsys.readouterr().err
+        assert {path.name: path.read_text() for path in app.iterdir()} == {"config.json": text}
 
 
 def test_a_folder_that_is_not_there(
@@ -158,11 +196,12 @@ def test_errors_have_status_two_and_leave_folders_alone(
     (full / "notes.txt").write_text("mine")
     cases = [
         (["patch", str(checkpoint), str(full)], "exists and is not empty"),
+        (["patch", str(checkpoint), str(full), "--overwrite"], "(it has no config.json)"),
         (["inspect", str(full)], "is not a checkpoint"),
         (["inspect", str(checkpoint), "--p", "0.5"], "p=0.5 has no meaning"),
         (["inspect", str(checkpoint), "--include", "x*"], "matches no norm site"),
         (
-            ["patch", str(checkpoint), str(full), "--overwrite", "--norm", "prmsnorm", "--p", "2"],
+            ["patch", str(checkpoint), f"{full}/new", "--norm", "prmsnorm", "--p", "2"],
             "p must be a share",
         ),
     ]

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_rmsnorm"
 # a file may import from its own layer and the ones before it
 LAYERS = [
     {"errors"},
+    {"fields"},
     {"ops"},
     {"functional"},
     {"modules", "recipes", "probe_inputs"},
@@ -21,6 +22,7 @@ LAYERS = [
     {"plan", "optional_inputs", "arguments"},
     {"autocast"},
     {"planning", "changes"},
+    {"checking"},
     {"applying", "verification"},
     {"transfer"},
     {"patching"},

@@ -408,6 +408,22 @@ def test_unpatched_weights_are_not_loaded_over_folded_ones(
     assert_same_model(model, classes_of(model), state)
 
 
+@pytest.mark.parametrize(
+    "part", ["transformer", "transformer.h", "transformer.h.1", "transformer.h.1.mlp.c_proj"]
+)
+@pytest.mark.parametrize("reached", [lambda model: model, copy.deepcopy], ids=["itself", "copy"])
+def test_nor_are_those_of_a_part(part: str, reached: Callable[[nn.Module], nn.Module]) -> None:
+    plain = MODELS["gpt2"]()
+    model = reached(patch_model(copy.deepcopy(plain)))
+    state, given = tensors(model), plain.get_submodule(part).state_dict()
+    for strict in (True, False):
+        with pytest.raises(PatchError, match=r" in the state dict is that of the unpatched model"):
+            model.get_submodule(part).load_state_dict(given, strict=strict)
+    assert_same_model(model, classes_of(model), state)
+    unpatch_model(model)
+    model.get_submodule(part).load_state_dict(given)
+
+
 def test_other_weights_are_loaded() -> None:
     plain = MODELS["gpt2"]()
     model = patch_model(copy.deepcopy(plain))

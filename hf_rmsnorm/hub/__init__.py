@@ -3,6 +3,7 @@
 - What a model knows of itself: `marking`, `configs`, `records`, `parts`, `exactness`.
 - Saving and loading: `saving`, `folders`, `loading`, `autos`, `modeling` (the file for readers
   without the package).
+- `adapters`: which patch the base of an adapter had.
 - Describing and uploading: `cards`, `card_merge`, `card_results`, `runs`, `push`.
 - `kernels`: our layers under Transformers' `use_kernels=True`.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import modeling
+from .configs import PLACE
 
 
 def heads(base: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -38,6 +39,16 @@ def auto_map(base: Any, name: str) -> dict[str, str]:
     return {auto: f"{modeling.MODULE}.{head}" for auto, head in found.items()}
 
 
+def place(base: Any, cls: Any) -> dict[str, str]:
+    """For the config, where in transformers the model class `cls` and its config's class `base`
+    are; empty where an Auto class finds them by type and name."""
+    known = auto_map(base, cls.__name__) and any(cls in classes for _, classes in heads(base))
+    if known:
+        return {}
+    paths = (f"{c.__module__}.{c.__name__}".removeprefix("transformers.") for c in (cls, base))
+    return dict(zip(PLACE, paths, strict=True))
+
+
 @cache
 def auto_class(base_type: str, class_name: str | None) -> str:
     """The Auto class that loads `class_name`; `AutoModel` where none lists it."""
@@ -53,6 +64,24 @@ def auto_class(base_type: str, class_name: str | None) -> str:
     ]
     last = ("AutoModelForPreTraining", "AutoModelWithLMHead", "AutoModel")
     return min(found, key=lambda name: name in last, default="AutoModel")
+
+
+def remote_auto_class(auto_map: object, names: Sequence[str]) -> str:
+    """The Auto class that loads a class called one of `names`, or what there is, from a repository
+    with its own code; `AutoModel` where that says nothing."""
+    found = auto_map if isinstance(auto_map, dict) else {}
+    autos = [
+        auto for auto in found if auto.startswith("AutoModel") and hasattr(modeling_auto, auto)
+    ]
+
+    def other(auto: str) -> tuple[bool, bool]:
+        return str(found[auto]).rpartition(".")[2] not in names, auto != "AutoModel"
+
+    return min(autos, key=other, default="AutoModel")
+
+
+def _is_auto(name: str) -> bool:
+    return name.startswith("AutoModel") and hasattr(modeling_auto, name)
 
 
 @cache

@@ -23,8 +23,11 @@ from .autos import auto_class, task
 from .card_merge import merge
 from .card_results import METRICS, TASK, eval_results, texts
 from .configs import MODEL_TYPE
-from .records import RECORD, check_record
+from .folders import read_json
+from .moving import write_file
+from .records import RECORD
 from .runs import Run, read_run
+from .valid import valid_record
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -64,7 +67,7 @@ def write_card(
     found = None if run is None else read_run(run, arm, config[RECORD])
     base = base_model or (found and found.base_model) or _hub_name(start)
     if found is None and not (known_card or folder / "README.md").exists():
-        return _write(folder / "README.md", _new_text(json.dumps(config), base, tuple(tags)))
+        return write_file(folder / "README.md", _new_text(json.dumps(config), base, tuple(tags)))
     card = _with_tags(make_card(config, found, base), tags)
     replace = ("base_model",) if base_model else ()
     return save_card(folder / "README.md", card, replace, known_card)
@@ -80,15 +83,7 @@ def save_card(
         known_card: the file to merge into; what is at `path` if not given.
     """
     known = known_card or path
-    return _write(path, merge(known, card, replace) if known.exists() else str(card))
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
-    return beside.replace(path)
+    return write_file(path, merge(known, card, replace) if known.exists() else str(card))
 
 
 @lru_cache(maxsize=8)
@@ -105,13 +100,10 @@ def _with_tags(card: ModelCard, tags: Iterable[str]) -> ModelCard:
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a patched checkpoint."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PatchError(f"{folder} is not a checkpoint: it has no config.json") from None
-    except ValueError as error:
-        raise PatchError(f"{path} is not JSON: {error}") from None
-    check_record(config.get(RECORD) if isinstance(config, dict) else None, str(path))
+    if not path.is_file():
+        raise PatchError(f"{folder} is not a checkpoint: it has no config.json")
+    config = read_json(path)
+    valid_record(config.get(RECORD), str(path))
     return config
 
 
@@ -157,7 +149,7 @@ def make_card(
         data["eval_results"] = eval_results(run) or None
         measured = texts(run)
     text = _template().render(
-        card_data=data.to_yaml(),
+        card_data=_Whole(data.to_yaml()),
         base_model=base_model,
         title=f"{facts['model_class'] or facts['base_type'] or 'Language model'} with {norm_name}",
         norm_name=norm_name,
@@ -175,7 +167,19 @@ def make_card(
 @cache
 def _template() -> jinja2.Template:
     """As in `ModelCard.from_template`, which would compile it for every card: most of the time."""
-    return jinja2.Template(TEMPLATE.read_text(encoding="utf-8"))
+    return jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), finalize=_in_a_line)
+
+
+class _Whole(str):
+    """Text that a template takes over as it is."""
+
+
+def _in_a_line(value: object) -> object:
+    """Names and reasons come from elsewhere: no line break, comment or mark of ours in them."""
+    if isinstance(value, _Whole) or not isinstance(value, str):
+        return value
+    line = " ".join(value.splitlines()) if value.strip() else value
+    return line.replace("<!--", "&lt;!--").replace("-->", "--&gt;")
 
 
 def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,4 +222,9 @@ def _rows(sites: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
         for site in sites
     ]
     unique = dict.fromkeys(tuple(row.items()) for row in rows)
-    return [{key: text.replace("|", "\\|") for key, text in row} for row in unique]
+    return [{key: _in_a_cell(text, key) for key, text in row} for row in unique]
+
+
+def _in_a_cell(text: str, key: str) -> str:
+    text = text.replace("|", "\\|")
+    return text.replace("`", "'") if key in ("name", "class_name") else text  # in quotes there

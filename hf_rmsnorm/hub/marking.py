@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
 from ..plan import PatchPlan
-from .configs import is_marked, mark_config, unmark_config
+from .configs import is_marked, mark_config, stock_config, unmark_config
 from .exactness import Evidence, may_be_stock
-from .loading import base_class, model_class
+from .loading import base_class, model_class, register_models
 from .parts import SAVED, Saved, changes_the_class
 from .records import below, to_record
 
@@ -35,11 +35,12 @@ def mark(model: nn.Module, plan: PatchPlan) -> None:
         exact = fresh and part is model and may_be_stock(plan) and here
         evidence = Evidence(part, plan.folds) if exact else None
         part.__dict__[SAVED] = Saved(inner, to_record(part, inner), evidence)
-        _become(part, model_class(base))
+        _become(part, model_class(base, stock_config(part.config)))
         inside = any(not outer or prefix.startswith(outer + ".") for outer in marked)
         if inside or is_marked(part.config):
             continue
         marked.append(prefix)
+        register_models(type(part.config))  # `from_config` of the marked one
         mark_config(_own_config(model, part), part.__dict__[SAVED].record)
 
 
@@ -52,10 +53,10 @@ def _become(part: Any, cls: Any) -> None:
 
 
 def unmark(model: nn.Module) -> None:
-    """Take `mark` back; what else was changed in the config since stays."""
+    """Take `mark` back, however far it came; what else was changed in the config since stays."""
     for _, part in _pretrained(model):
-        if part.__dict__.pop(SAVED, None) is not None:
-            part.__class__ = base_class(type(part))
+        part.__class__ = base_class(type(part))
+        part.__dict__.pop(SAVED, None)
         unmark_config(part.config)
 
 
@@ -63,10 +64,15 @@ def _own_config(model: nn.Module, part: Any) -> Any:
     """A copy of the config of `part`, which all its holders in `model` have instead from now on."""
     copies: dict[int, Any] = {}
     new = copy.deepcopy(part.config, copies)
-    for module in model.modules():
-        held = module.__dict__.get("config")
-        if id(held) in copies:
+    holders = [(m, m.__dict__["config"]) for m in model.modules() if "config" in m.__dict__]
+    holders = [(module, held) for module, held in holders if id(held) in copies]
+    try:
+        for module, held in holders:
             module.__dict__["config"] = copies[id(held)]
+    except BaseException:
+        for module, held in holders:
+            module.__dict__["config"] = held
+        raise
     return new
 
 

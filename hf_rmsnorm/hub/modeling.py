@@ -40,6 +40,8 @@ _SOURCES = {
 _VALUES = {
     "model_type": configs.MODEL_TYPE,
     "record": records.RECORD,
+    "places": applying.PLACES,
+    "place": repr(configs.PLACE),
     "version": plan.FORMAT_VERSION,
     "keys": ", ".join(f'"{key}"' for key in sorted(records.KEYS)),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import PatchError
+from .answers import answers_of
 from .card_merge import BEGIN
 from .cards import make_card, read_config, write_card
+from .folders import read_json
 from .loading import from_pretrained
 from .records import RECORD
 
@@ -49,7 +50,7 @@ def push(
         ValueError: a repository name that cannot be one.
         PermissionError: there is no token, or the Hub refused it.
         ConnectionError: the Hub cannot be reached.
-        OSError: the Hub refused the upload for another reason.
+        OSError: the Hub refused the upload for another reason, or what answered is no Hub.
     """
     folder = Path(folder)
     validate_repo_id(repo_id)
@@ -61,16 +62,18 @@ def push(
             "there is no token to upload with: run `hf auth login`, or set HF_TOKEN"
         )
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            revision=revision,
-            commit_message=commit_message or f"Upload {folder.resolve().name}",
-            ignore_patterns=list(exclude or ()),
-        )
+        with answers_of(api):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                folder_path=folder,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message=commit_message or f"Upload {folder.resolve().name}",
+                ignore_patterns=list(exclude or ()),
+            )
+            return str(commit.commit_url)
     except HfHubHTTPError as error:
         status = error.response.status_code
         kind = PermissionError if status in (401, 403) else OSError
@@ -79,7 +82,6 @@ def push(
         raise ConnectionError(f"cannot reach {api.endpoint}: {_line(error)}") from error
     except RuntimeError as error:  # a worker thread's; the reason is its cause
         raise OSError(f"the upload failed: {_line(error.__cause__ or error)}") from error
-    return str(commit.commit_url)
 
 
 def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:
@@ -89,23 +91,9 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:
     if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         raise PatchError(f"{folder} has no weights: no .safetensors or .bin file")
     try:
-        loaded: Any = from_pretrained(
-            folder,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # and be told of them
-            output_loading_info=True,
-        )
-    except PatchError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        model = from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, RuntimeError, ImportError) as error:
         raise PatchError(f"{folder} does not load: {_line(error)}") from error
-    model, found = loaded
-    lost = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
-    if lost:
-        raise PatchError(
-            f"{folder}: {len(lost)} weights are missing or of another shape than config.json says, "
-            f"{sorted(lost)[0]} among them: they would load as random numbers"
-        )
     for name in (getattr(model.config, "auto_map", None) or {}).values():
         code = folder / f"{str(name).partition('.')[0]}.py"
         if "--" not in str(name) and not code.is_file():  # `repo--module.Class` lies elsewhere
@@ -114,9 +102,13 @@ def check_checkpoint(folder: Path, trust_remote_code: bool = False) -> None:
 
 def check_card(folder: Path) -> None:
     """`PatchError` for a card that the Hub would refuse, or that belongs to another checkpoint."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     path = folder / "README.md"
-    if RECORD in config and not (path.exists() and BEGIN in path.read_text(encoding="utf-8-sig")):
+    try:
+        text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+    except ValueError as error:
+        raise PatchError(f"{path} cannot be read as a model card: {error}") from None
+    if RECORD in config and BEGIN not in text:
         write_card(folder)
     if not path.exists():
         return
@@ -125,12 +117,13 @@ def check_card(folder: Path) -> None:
         bases = data.get("base_model", [])
         for base in [bases] if isinstance(bases, str) else bases:
             validate_repo_id(base)
+        tags = data.get("tags") or []
     except HFValidationError as error:
         raise PatchError(f"{path}: base_model is no name on the Hub: {_line(error)}") from None
-    except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise PatchError(f"{path} is not a valid model card: {_line(error)}") from None
     wanted = make_card(read_config(folder), None).data.get("tags") if RECORD in config else []
-    if missing := [tag for tag in wanted if tag not in data.get("tags", [])]:
+    if missing := [tag for tag in wanted if tag not in tags]:
         raise PatchError(
             f"{path} lacks the tags {', '.join(missing)}: it is of another checkpoint, or was "
             "edited; `hf-rmsnorm card` brings it up to date"

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
@@ -37,17 +38,33 @@ def check_record(record: object, where: str = "the config") -> dict[str, Any]:
             "since"
         )
     version = record["version"]
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise PatchError(
-            f"the {RECORD!r} record in {where} has version {version!r}, this hf_rmsnorm reads up "
-            f"to {FORMAT_VERSION}: update the package"
+            f"the {RECORD!r} record in {where} has version {version!r}, this hf_rmsnorm reads 1 to "
+            f"{FORMAT_VERSION}: update the package, or restore the file"
         )
-    if record["digest"] != digest(record):
+    with reading(where):
+        fits = record["digest"] == digest(record)
+    if not fits:
         raise PatchError(
             f"the {RECORD!r} record in {where} was edited since it was written (its digest does "
             "not fit), so what the weights were trained with is not known: restore the file"
         )
     return record
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """`PatchError` naming `where` a record is, for what one that is damaged raises."""
+    try:
+        yield
+    except PatchError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise PatchError(
+            f"the {RECORD!r} record in {where} is damaged ({type(error).__name__}: {error}): "
+            "restore the file"
+        ) from error
 
 
 def digest(record: dict[str, Any]) -> str:
@@ -161,6 +178,11 @@ def from_record(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
     Raises:
         PatchError: naming `where` the record is, if it and the model do not belong together.
     """
+    with reading(where):
+        return _plan_of(model, record, where)
+
+
+def _plan_of(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
     modules = dict(model.named_modules())
     names = _resolver(model, modules, where)
     sites = []

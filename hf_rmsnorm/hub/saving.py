@@ -19,13 +19,17 @@ from typing import Any
 
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
+from transformers.utils.hub import hf_api
 
 from ..errors import PatchError
 from . import modeling
-from .autos import auto_map
+from .adapters import mark_adapters
+from .answers import answers_of
+from .autos import auto_map, place
 from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
-from .folders import move_into, staging
+from .folders import move_into
+from .moving import staging, write_file
 from .parts import SAVED, what_to_save
 from .records import RECORD
 
@@ -42,6 +46,7 @@ def save_patched(
     """As `PreTrainedModel.save_pretrained`, in a format that loads as what the model computes."""
     native: Any = base.save_pretrained  # type: ignore[attr-defined]
     if getattr(model, "_hf_peft_config_loaded", False):  # writes the adapter alone
+        mark_adapters(model)
         native(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         return
     target = Path(save_directory)
@@ -68,7 +73,8 @@ def save_patched(
             before = model._get_files_timestamps(target) if target.exists() else {}
             move_into(staged, target, kwargs.get("variant"))
     if upload is not None:
-        model._upload_modified_files(target, files_timestamps=before, **upload)
+        with answers_of(hf_api()):
+            model._upload_modified_files(target, files_timestamps=before, **upload)
 
 
 @contextmanager
@@ -84,13 +90,16 @@ def _saving_config(
     old, cls = model.config, type(model)
     config = copy.deepcopy(old)
     unmark_config(config)
+    native, own = type(config), base.__module__.startswith("transformers.")
+    where: dict[str, Any] = {}
+    if own and native.__module__.startswith("transformers."):
+        config.__dict__.update(where := place(native, base))
     if stock is not None:
         setattr(config, RECORD, stock)
     else:
-        native = type(config)
         mark_config(config, record)
         config.auto_map = {}
-        if not base.__module__.startswith("transformers."):
+        if not own:
             config.base_model_type = f"{base.__module__}.{base.__name__}"  # never its base class
             warnings.warn(
                 f"{base.__name__} is not a class of transformers, so nothing can load the saved "
@@ -98,18 +107,15 @@ def _saving_config(
                 "patch_report(model), and load the weights",
                 stacklevel=4,
             )
-        elif not (known := auto_map(native, base.__name__)):
-            warnings.warn(
-                f"no Auto class of transformers has models of type {native.model_type!r}: load the "
-                "saved checkpoint with hf_rmsnorm.from_pretrained",
-                stacklevel=4,
-            )
+        elif where:
+            names = {"AutoConfig": "RMSNormAutoConfig", "AutoModel": base.__name__}
+            config.auto_map = {k: f"{modeling.MODULE}.{name}" for k, name in names.items()}
         else:
-            config.auto_map = known
-    model.config = config
-    if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
-        model.__class__ = base
+            config.auto_map = auto_map(native, base.__name__)
     try:
+        model.config = config
+        if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
+            model.__class__ = base
         yield
     finally:
         model.config, model.__class__ = old, cls
@@ -118,7 +124,7 @@ def _saving_config(
 def _write_code(model: Any, folder: Path) -> None:
     """The modeling file, if the config names it."""
     if getattr(model.config, "auto_map", None) and is_marked(model.config):
-        (folder / modeling.FILE).write_text(modeling.source(), encoding="utf-8")
+        write_file(folder / modeling.FILE, modeling.source())
 
 
 def _write_card(staged: Path, target: Path, model: Any, upload: dict[str, Any] | None) -> None:
@@ -138,8 +144,6 @@ def _write_card(staged: Path, target: Path, model: Any, upload: dict[str, Any] |
 
 
 def _card_on_hub(upload: dict[str, Any]) -> Path | None:
-    from transformers.utils.hub import hf_api
-
     revision, token = upload.get("revision"), upload.get("token")
     try:
         return Path(
@@ -151,8 +155,6 @@ def _card_on_hub(upload: dict[str, Any]) -> Path | None:
 
 def _prepare_upload(target: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Create the repository; what is left in `kwargs` is for writing the files."""
-    from transformers.utils.hub import hf_api
-
     names = ("private", "token", "repo_type", "exist_ok", "space_sdk")
     repo = {name: kwargs[name] for name in names if name in kwargs}
     repo_id = kwargs.pop("repo_id", target.name)
@@ -163,7 +165,8 @@ def _prepare_upload(target: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
     for name in repo:
         kwargs.pop(name)
-    upload["repo_id"] = hf_api().create_repo(repo_id, **{**repo, "exist_ok": True}).repo_id
+    with answers_of(hf_api()):
+        upload["repo_id"] = hf_api().create_repo(repo_id, **{**repo, "exist_ok": True}).repo_id
     return {**upload, "token": repo.get("token")}
 
 
@@ -194,11 +197,11 @@ def _watch_saving(native: Any) -> None:
         if saved is None:
             native(self, *args, **kwargs)
             return
-        own[SAVED] = saved
         try:
+            own[SAVED] = saved
             save_patched(self, type(self), *args, **kwargs)
         finally:
-            del own[SAVED]
+            own.pop(SAVED, None)
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 

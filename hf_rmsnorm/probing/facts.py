@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..fields import Axis, Count, Name
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -26,12 +28,12 @@ class Fold:
         aliases: further names of the same tensor (tied weights).
     """
 
-    parameter: str
-    axis: int
-    size: int
-    inner: int = 1
-    blocks: tuple[tuple[int, int], ...] | None = None
-    aliases: tuple[str, ...] = ()
+    parameter: Name
+    axis: Axis
+    size: Count
+    inner: Count = 1
+    blocks: tuple[tuple[Axis, Axis], ...] | None = None
+    aliases: tuple[Name, ...] = ()
 
     def mask(self, tensor: Tensor) -> Tensor | None:
         """1 where a block is centred, shaped to broadcast against `self.view(tensor)`."""
@@ -55,8 +57,8 @@ class LayerScale:
     Only then can its writers be centred. `writers` are `(parameter, axis)`.
     """
 
-    parameter: str
-    writers: tuple[tuple[str, int], ...]
+    parameter: Name
+    writers: tuple[tuple[Name, Axis], ...]
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Absorb:
         readers: `(weight, axis, bias)` of each; `axis` is the weight's axis of outputs.
     """
 
-    bias: str
-    readers: tuple[tuple[str, int, str], ...]
+    bias: Name
+    readers: tuple[tuple[Name, Axis, Name], ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,10 +122,10 @@ class Widen:
     """
 
     norm: str
-    up: str
-    up_axis: int
-    down: str
-    down_axis: int
+    up: Name
+    up_axis: Axis
+    down: Name
+    down_axis: Axis
 
     @property
     def grown(self) -> dict[str, int]:

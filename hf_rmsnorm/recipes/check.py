@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..fields import Count, Epsilon, Finite
+
 Forward = Callable[[Any, Tensor], Any]
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
@@ -52,9 +54,9 @@ class NormSpec:
     """
 
     kind: Literal["layernorm", "rmsnorm"]
-    normalized_shape: tuple[int, ...]
-    eps: float
-    weight_offset: float = 0.0
+    normalized_shape: tuple[Count, ...]
+    eps: Epsilon
+    weight_offset: Finite = 0.0
     casting: Literal["gemma", "llama"] = "gemma"
     returns_weight_dtype: bool = False
     channels_first: bool = False

@@ -28,7 +28,7 @@ SITE = {
     "class_name": "LayerNorm",
     "verdict": "approximate",
     "reason": "centring dropped, |mean|/rms up to 0.1",
-    "spec": None,
+    "spec": {"kind": "layernorm", "normalized_shape": [24], "eps": 1e-5},
     "mean_free": False,
     "leftover": None,
 }
@@ -196,9 +196,38 @@ def test_odd_but_legal_configs(tmp_path: Path) -> None:
     assert "prmsnorm" in metadata(text)["tags"] and "pRMSNorm (p = 0.333333)" in text
     centers = [{"name": "wte", "base": True, "side": "output", "key": None, "axis": -1}]
     widens = [{"name": "h.*.mlp.up", "base": True, "down": "h.*.mlp.down"}]
+    widens[0] |= {"up_axis": 0, "down_axis": 1}
     more = {**RECORD, "centers": centers, "widens": widens}
     text = write_card(folder(tmp_path, {**OWN, "hf_rmsnorm": more})).read_text()
     assert "the mean at the output of `wte`" in text and "hidden unit each: `h.*.mlp.up`" in text
+
+
+@pytest.mark.parametrize("odd", [END, BEGIN, "a\n\n# b", "<!-- c", "a\u2028b | `c`", "{{ 7 }}"])
+def test_what_names_and_reasons_may_hold(tmp_path: Path, odd: str) -> None:
+    plain = write_card(folder(tmp_path / "plain", OWN)).read_text()
+    site = {**SITE, "name": f"h.{odd}", "class_name": odd, "reason": odd}
+    center = {"name": odd, "base": True, "side": "output", "key": None, "axis": -1}
+    record = {**RECORD, "sites": [site, RECORD["sites"][1]], "centers": [center]}
+    config = {**OWN, "architectures": [odd], "hf_rmsnorm": record}
+    path = write_card(folder(tmp_path / "odd", config, "Mine."), base_model="a/b")
+    text = path.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `h.")]
+    assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 5
+    assert text.count("<!--") == text.count("-->") == plain.count("<!--") == 2
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        line for line in plain.splitlines() if line.startswith("## ")
+    ]
+    assert write_card(tmp_path / "odd", base_model="a/b").read_text() == text, "found again"
+
+
+def test_a_card_is_not_written_through_a_link(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    path = folder(tmp_path / "model", OWN)
+    for name in ("README.md.partial", ".README.md.partial"):
+        (path / name).symlink_to(secret)
+    write_card(path)
+    assert secret.read_text() == "secret" and "hf_rmsnorm" in (path / "README.md").read_text()
 
 
 def test_a_card_that_trainer_wrote_over_ours_gets_the_section_back(tmp_path: Path) -> None:

@@ -193,6 +193,40 @@ def lose_a_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+GARBLED = {
+    ("create-html", "create"): b"<html>",
+    ("create-list", "create"): b"[]",
+    ("create-else", "create"): b'{"url": 7}',
+    ("create-none", "create"): b"null",
+    ("pre-html", "preupload"): b"<html>",
+    ("pre-none", "preupload"): b"null",
+    ("pre-else", "preupload"): b'{"files": [7]}',
+    ("commit-html", "commit"): b"<html>",
+    ("commit-list", "commit"): b"[1]",
+    ("commit-else", "commit"): b'{"commitOid": {}}',
+}
+
+
+@pytest.mark.launch
+def test_answers_of_something_else_than_a_hub(folders: dict[str, Path], tmp_path: Path) -> None:
+    calls = [(["push", str(folders["plain"]), f"tester/{name}"], {"HF_TOKEN": TOKEN})
+             for name, _ in GARBLED]  # fmt: skip
+    with running_hub() as hub:
+        hub.garbled = GARBLED
+        answers = run(calls, hub.url, tmp_path / "home")
+        for (status, _, error), case in zip(answers, GARBLED, strict=True):
+            assert status == 2 and f"{hub.url} gave an answer that is no Hub's" in error, case
+
+
+def test_cards_that_cannot_be_read(folders: dict[str, Path]) -> None:
+    (folders["own"] / "README.md").write_bytes(b"\xff\xfe card")
+    with pytest.raises(PatchError, match=r"README.md cannot be read as a model card"):
+        push(folders["own"], "tester/x")
+    (folders["plain"] / "README.md").write_text("---\ntags:\n- 7\nbase_model: 3\n---\n")
+    with pytest.raises(PatchError, match=r"README.md is not a valid model card|no name on the Hub"):
+        push(folders["plain"], "tester/x")
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 

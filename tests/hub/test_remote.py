@@ -199,4 +199,5 @@ def test_the_file_names_every_head_and_needs_nothing_else(
         for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(str(node.module))])
     }
     standard = {"__future__", "collections", "contextlib", "dataclasses", "types", "typing"}
-    assert wanted <= standard | {"enum", "hashlib", "json", "math", "torch", "transformers"}
+    standard |= {"enum", "hashlib", "importlib", "json", "math", "re"}
+    assert wanted <= standard | {"torch", "transformers"}

@@ -105,7 +105,8 @@ def test_the_config_is_marked_and_unmarked() -> None:
     assert model.config is model.transformer.config
     assert model.config._attn_implementation == shared._attn_implementation
     assert isinstance(model.config, transformers.GPT2Config)
-    assert model.config.to_dict()["model_type"] == "hf_rmsnorm"
+    assert model.config.to_dict()["model_type"] == type(model.config).model_type == "gpt2"
+    assert json.loads(model.config.to_json_string())["model_type"] == "hf_rmsnorm"
     assert pickle.loads(pickle.dumps(model.config)).to_dict() == model.config.to_dict()
     hf_rmsnorm.unpatch_model(model)
     assert type(model.config) is transformers.GPT2Config
@@ -258,3 +259,16 @@ def test_rms_models_made_partial_keep_their_offset(tmp_path: Path) -> None:
     again = hf_rmsnorm.from_pretrained(tmp_path).eval()
     assert type(again.model.norm) is PartialRMSNorm and again.model.norm.weight_offset == 1.0
     assert torch.equal(forward(again), forward(model))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "direct"])
+def test_a_model_from_the_config_in_memory_is_patched(strategy: str) -> None:
+    model = patch_model(gpt2(), strategy=strategy)
+    for auto, kind in (
+        (transformers.AutoModelForCausalLM, "GPT2LMHeadModel"),
+        (transformers.AutoModel, "GPT2Model"),
+    ):
+        new = auto.from_config(model.config)
+        assert type(new).__name__ == kind
+        found = [type(module) for module in new.modules() if isinstance(module, nn.LayerNorm)]
+        assert found == [RMSNorm] * 7

@@ -1,0 +1,40 @@
+"""What the fields of a patch record may hold, which readers without the package do not check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import PatchError
+from ..fields import Finite, read_fields
+from ..plan import PatchPlan, check_plan
+from ..probing import Fold
+from .records import RECORD, _rest, check_record
+
+
+def valid_record(record: object, where: str = "the config") -> dict[str, Any]:
+    """`check_record`, and every field of it of a type and in a range that it may have."""
+    found = check_record(record, where)
+    what = f"the {RECORD!r} record in {where}"
+
+    def rows(key: str, name: str, **missing: str) -> object:
+        if not isinstance(found[key], list):
+            return found[key]  # which is refused
+        for i, row in enumerate(found[key]):
+            if not isinstance(row, dict) or type(row.get("base")) is not bool:
+                raise PatchError(f"{what} is not valid: {key}[{i}] must say true or false as base")
+        return [{name: _whole(row), **missing, **_rest(row)} for row in found[key]]
+
+    plan = {key: found[key] for key in ("version", "norm", "p", "strategy")}
+    plan["sites"], plan["centers"] = rows("sites", "name"), rows("centers", "module")
+    plan["widens"] = rows("widens", "up", norm="")
+    check_plan(read_fields(PatchPlan, plan, what), what)
+    if "folds" in found:
+        read_fields(tuple[Fold, ...], rows("folds", "parameter"), what)
+        read_fields(tuple[Finite], [found.get("gains")], what)
+    return found
+
+
+def _whole(row: dict[str, Any]) -> Any:
+    """The name; one below the base model is another than the same below the model."""
+    name = row.get("name")
+    return f"(base).{name}" if isinstance(name, str) and row["base"] else name
