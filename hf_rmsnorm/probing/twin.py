@@ -256,7 +256,7 @@ def _settings(layer: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def thin_twin(model: nn.Module, cuts: Sequence[Cut]) -> Twin:
-    """The twin with these stacks cut. It shares the tensors of `model`, so it is only to be read."""
+    """The twin with these stacks cut. It shares the tensors of `model`: it is only to be read."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
