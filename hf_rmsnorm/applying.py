@@ -107,7 +107,7 @@ def swap_norms(model: nn.Module, plan: PatchPlan, sites: list[Site], changes: Ch
             "returns_weight_dtype": site.spec.returns_weight_dtype,
         }
         for name, value in wanted.items():
-            if getattr(module, name, None) != value:
+            if not hasattr(module, name) or getattr(module, name) != value:
                 set_attribute(module, change, name, value)
     _leave_fast_path(model, {site.name for site in sites}, changes)
 

@@ -15,6 +15,7 @@ from .recipes import NormSpec, Unreadable
 
 NORMS = ("rmsnorm", "prmsnorm")
 STRATEGIES = ("auto", "exact", "direct")
+TWINS = ("auto", "never", "always")
 POST_NORMS = ("extra_neuron",)
 DEFAULT_P = 0.0625  # the paper's
 
@@ -36,10 +37,8 @@ def check_arguments(model: object, norm: str, p: float | None, strategy: str) ->
     """The share `p` to use, after every check that needs no look at the norms."""
     if not isinstance(model, nn.Module):
         raise PatchError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if norm not in NORMS:
-        raise PatchError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
-    if strategy not in STRATEGIES:
-        raise PatchError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+    check_choice("norm", norm, NORMS)
+    check_choice("strategy", strategy, STRATEGIES)
     if norm == "rmsnorm" and p is not None:
         raise PatchError(f'p={p} has no meaning for norm="rmsnorm": use norm="prmsnorm"')
     share = 1.0 if norm == "rmsnorm" else DEFAULT_P if p is None else p
@@ -60,6 +59,11 @@ def check_arguments(model: object, norm: str, p: float | None, strategy: str) ->
                 "then wrap it"
             )
     return float(share)
+
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise PatchError(f"{argument} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def check_post_norm(post_norm: str | None, strategy: str) -> None:

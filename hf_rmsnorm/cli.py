@@ -159,7 +159,7 @@ def env(arguments: argparse.Namespace) -> int:
         devices.append("cuda")
         print(f"cuda device: {torch.cuda.get_device_name()}")
     for device in devices:
-        print(f"kernels on {device}: {ops.backend_for(torch.ones(1, device=device)).__name__}")
+        print(f"kernels on {device}: {ops.status(device)}")
     print(f"calls on cpu: {ops.cpu_autograd.status()}")
     return 0
 

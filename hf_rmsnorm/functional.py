@@ -47,7 +47,7 @@ def rms_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    eps: float = 1e-5,
+    eps: float | None = 1e-5,
     p: float = 1.0,
     weight_offset: float = 0.0,
     casting: Casting = "gemma",
@@ -65,7 +65,9 @@ def rms_norm(
         x: `(..., hidden)`, any strides; float32, float64, float16 or bfloat16.
         weight: `(hidden,)`, or None for no scale (`weight_offset` is then not used).
         bias: `(hidden,)`, or None.
-        eps: added to the mean of squares, inside the root.
+        eps: added to the mean of squares, inside the root. None, as in PyTorch, is the smallest
+            step from 1 in the dtype of the computation: that of float64 for float64 x, else that
+            of float32.
         p: share of the features that the mean of squares is taken over, in (0, 1].
         weight_offset: `o` above; 1.0 for models that store `w - 1`.
         casting: `"gemma"` rounds once, at the end, to x's dtype. `"llama"` rounds the normalised
@@ -86,6 +88,8 @@ def rms_norm(
         >>> rms_norm(x, eps=0.0) * (12.5 ** 0.5)
         tensor([[3., 4.]])
     """
+    if eps is None:
+        eps = _default_eps(x)
     if not torch.compiler.is_compiling():
         y = shortcut.call(
             x, None, weight, bias, _formula, eps, p, weight_offset, casting, out_dtype
@@ -109,7 +113,7 @@ def add_rms_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    eps: float = 1e-5,
+    eps: float | None = 1e-5,
     p: float = 1.0,
     weight_offset: float = 0.0,
     casting: Casting = "gemma",
@@ -129,6 +133,8 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: as `rms_norm`; also if `residual` differs in shape or device.
     """
+    if eps is None:
+        eps = _default_eps(x, residual)
     if not torch.compiler.is_compiling() and residual is not None:
         pair = shortcut.call(
             x, residual, weight, bias, _formula, eps, p, weight_offset, casting, out_dtype
@@ -147,6 +153,12 @@ def add_rms_norm(
         return AddRMSNormFunction.apply(x, residual, weight, bias, formula, backend)
     normed, summed, _ = backend.forward(x, residual, weight, bias, formula, save_rstd=False)
     return normed, summed
+
+
+def _default_eps(*terms: Tensor) -> float:
+    """Of a sum that is normalised; what is no tensor is refused elsewhere."""
+    wide = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in terms)
+    return reference.default_eps(torch.float64 if wide else torch.float32)
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

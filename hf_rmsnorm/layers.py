@@ -61,7 +61,7 @@ class PartialRMSNorm(nn.Module):
 class _Formula(NamedTuple):
     """What the `forward` of a class computes: `functional.rms_norm` with these arguments."""
 
-    eps: float | str  # a constant, or the attribute that holds it
+    eps: float | str | None  # a constant, or the attribute that holds it
     weight_offset: float
     casting: Literal["gemma", "llama"]
 
@@ -156,7 +156,7 @@ def _data_attributes(cls: type[nn.Module], known: set[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _takes_its_share(module: Any, formula: _Formula, eps: float) -> bool:
+def _takes_its_share(module: Any, formula: _Formula, eps: float | None) -> bool:
     module.p = 0.3
     x = _values(-2.0, 3.0, 4 * _HIDDEN).view(4, _HIDDEN)
     y = functional.rms_norm(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .errors import PatchError
 
 
 class RMSNorm(nn.LayerNorm):
@@ -23,7 +24,7 @@ class RMSNorm(nn.LayerNorm):
 
     Args:
         normalized_shape: sizes of the last dimensions, as for `nn.LayerNorm`.
-        eps: added to the mean of squares, inside the root.
+        eps: added to the mean of squares, inside the root; None as in `functional.rms_norm`.
         elementwise_affine: learn `weight` (and `bias`).
         bias: learn `bias` too.
         device, dtype: of the parameters.
@@ -62,7 +63,7 @@ class RMSNorm(nn.LayerNorm):
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
+        eps: float | None = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -73,12 +74,39 @@ class RMSNorm(nn.LayerNorm):
             raise ValueError(
                 f"normalized_shape must be one or more sizes of at least 1, got {normalized_shape}"
             )
-        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
 
     @property
-    def variance_epsilon(self) -> float:
+    def variance_epsilon(self) -> float | None:
         """`eps` under the name Llama-like classes use for it."""
         return self.eps
+
+    @variance_epsilon.setter
+    def variance_epsilon(self, value: float) -> None:
+        self.eps = value
+        vars(self)["variance_epsilon"] = value  # for Liger's forward, after unpatch_model too
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What Liger sets first on a norm that it takes over; its forward then goes past this.
+        if name in ("offset", "hidden_size") and not self._may_be_taken_over(name, value):
+            raise PatchError(
+                f"Liger would not compute what {self} does. Keep it from the norms with "
+                "rms_norm=False, layer_norm=False (for Trainer, in liger_kernel_config), or call "
+                "unpatch_model first"
+            )
+        super().__setattr__(name, value)
+
+    def _may_be_taken_over(self, name: str, value: Any) -> bool:
+        """Whether a kernel of weight, eps and this offset computes the same; LayerNorm does not."""
+        return (
+            name == "offset"
+            and value == self.weight_offset
+            and self.p == 1.0
+            and bool(self.eps)  # it takes 0 and None for "not given"
+            and self.bias is None
+            and (self.weight is None or self.weight.dim() == 1)
+            and not (self.channels_first or self.returns_weight_dtype)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if self.channels_first:
@@ -189,7 +217,7 @@ class PartialRMSNorm(RMSNorm):
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
+        eps: float | None = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
         device: torch.device | str | None = None,

@@ -15,7 +15,7 @@ from .changes import Changes
 from .checking import check_fits
 from .errors import PatchError
 from .plan import PatchPlan, Site, pattern_list
-from .planning import plan_and_inputs
+from .planning import make_plan
 from .verification import Measurement
 from .verification import verify as verify_plan
 
@@ -68,6 +68,7 @@ def patch_model(
     exclude: str | Sequence[str] | None = None,
     hold: str | Sequence[str] = (),
     autocast_output: str = "auto",
+    twin: str = "auto",
     verify: bool = True,
 ) -> nn.Module:
     """Make the norm modules of `model` RMSNorm or pRMSNorm, in place, and return the model.
@@ -138,7 +139,7 @@ def patch_model(
         return model
     measured = None
     with torch.inference_mode(False):
-        plan, probed = plan_and_inputs(
+        planned = make_plan(
             target,
             norm,
             p=p,
@@ -149,9 +150,13 @@ def patch_model(
             exclude=exclude,
             hold=hold,
             autocast_output=autocast_output,
+            twin=twin,
         )
+        plan = planned.plan
         if verify and plan.precision:
-            measured = verify_plan(target, plan, probed, apply_plan)
+            measured = verify_plan(
+                planned.subject, planned.subject_plan, planned.inputs, apply_plan
+            )
         try:
             apply_plan(target, plan, measured)
             _warn(plan, measured)

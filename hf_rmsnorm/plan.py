@@ -70,6 +70,7 @@ class PatchPlan:
             what a norm reads, with no reached sibling to show what they do.
         reached: how many parameters and buffers the inputs reached, and of how many; `None` where
             nothing was run.
+        twin: which of the layers were probed, in words, if not all were.
         filled: folded weights of which many entries were zero (pruned), and are no longer.
         precision: dtype that the probe computed in; empty where no probe was needed.
     """
@@ -89,6 +90,7 @@ class PatchPlan:
     unreached: tuple[str, ...] = ()
     reached: tuple[int, int] | None = None
     filled: tuple[str, ...] = ()
+    twin: str = ""
     precision: str = ""
     version: Annotated[int, Ge(1), Le(FORMAT_VERSION)] = FORMAT_VERSION
 
@@ -130,6 +132,8 @@ class PatchPlan:
             )
         if self.reached:
             line = "the probe inputs reached {} of {} parameters and buffers".format(*self.reached)
+            if self.twin:
+                line += f" of a thin twin ({self.twin})"
             if self.unreached:
                 line += f"; pass inputs= that reach {', '.join(pattern_list(self.unreached))}"
             lines.append(line)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import (
+    TWINS,
     Inputs,
     check_arguments,
+    check_choice,
     check_hold,
     check_post_norm,
     resolve_inputs,
@@ -26,10 +29,15 @@ from .functional import statistic_size
 from .optional_inputs import optional_inputs
 from .plan import PatchPlan, Site, Verdict, site_table
 from .probing import ProbeResult, probe
+from .probing.copies import elements
 from .probing.postnorm import improve
+from .probing.twin import Twin, find_cuts, shorten_configs, thin_twin
 from .recipes import NormSpec, Unreadable, find_norms
 
+logger = logging.getLogger(__name__)
+
 PRUNED = 0.2  # share of zeros from which a weight counts as pruned
+TWIN_SPARES = 20e6  # weights: where a twin has so many less, it is probed in the model's place
 
 
 @torch.inference_mode(False)  # probing needs gradients
@@ -45,6 +53,7 @@ def plan_patch(
     exclude: str | Sequence[str] | None = None,
     hold: str | Sequence[str] = (),
     autocast_output: str = "auto",
+    twin: str = "auto",
     verify: bool = True,
 ) -> PatchPlan:
     """What `patch_model` would do with the same arguments. Changes nothing.
@@ -57,7 +66,7 @@ def plan_patch(
         >>> plan.summary()
         '1 norm sites -> rmsnorm, strategy direct: 0 exact, 1 approximate, 0 kept'
     """
-    return plan_and_inputs(
+    return make_plan(
         model,
         norm,
         p=p,
@@ -68,10 +77,29 @@ def plan_patch(
         exclude=exclude,
         hold=hold,
         autocast_output=autocast_output,
-    )[0]
+        twin=twin,
+    ).plan
 
 
-def plan_and_inputs(
+@dataclass
+class Planned:
+    """A plan, and what it was found with.
+
+    Attributes:
+        inputs: that the model was run on; none where nothing was run.
+        subject: what was probed: the model itself, or a thin twin of it.
+        subject_plan: the plan for that.
+        twin: the twin, if there is one.
+    """
+
+    plan: PatchPlan
+    inputs: list[Mapping[str, Any]]
+    subject: nn.Module
+    subject_plan: PatchPlan
+    twin: Twin | None = None
+
+
+def make_plan(
     model: nn.Module,
     norm: str,
     *,
@@ -83,56 +111,146 @@ def plan_and_inputs(
     exclude: str | Sequence[str] | None,
     hold: str | Sequence[str],
     autocast_output: str,
-) -> tuple[PatchPlan, list[Mapping[str, Any]]]:
-    """The plan, and the inputs that it was made with; none where nothing was run."""
+    twin: str,
+) -> Planned:
+    """`plan_patch`, with what the plan was found with."""
     model = unwrap(model)
     share = check_arguments(model, norm, p, strategy)
     check_post_norm(post_norm, strategy)
+    check_choice("autocast_output", autocast_output, AUTOCAST_OUTPUTS)
+    check_choice("twin", twin, TWINS)
     held = check_hold(hold, strategy)
-    if autocast_output not in AUTOCAST_OUTPUTS:
-        raise PatchError(
-            f"autocast_output must be one of {', '.join(AUTOCAST_OUTPUTS)}; got {autocast_output!r}"
-        )
     found = find_norms(model)
     chosen = select(found, include, exclude)
-    sites = [
-        judge(name, model.get_submodule(name), reading, share, name in chosen, strategy)
+    sites = {
+        name: judge(name, model.get_submodule(name), reading, share, name in chosen, strategy)
         for name, reading in found.items()
-    ]
-    targets = {
-        site.name: site.spec
-        for site in sites
-        if site.verdict == "approximate" and site.spec and site.spec.kind == "layernorm"
     }
-    plan = PatchPlan(norm, share, strategy, tuple(sites), hold=held)  # type: ignore[arg-type]
+    judged = tuple(sites.values())
+    plan = PatchPlan(norm, share, strategy, judged, hold=held)  # type: ignore[arg-type]
+    targets = layernorms(judged)
     kwargs = [] if inputs is None else resolve_inputs(model, inputs)
+    planned = Planned(plan, kwargs, model, plan)
     if targets and strategy != "direct":
         require_plain_weights(model)
         more = None
         if not kwargs:
             kwargs = resolve_inputs(model, None, held)
             more = functools.partial(optional_inputs, model, dict(kwargs[0]))
-        result = probe(model, targets, kwargs, more, held)
-        absorb, widen = strategy == "auto", post_norm == "extra_neuron"
-        if result.kept.keys() & result.leftover.keys() and (absorb or widen):
-            result = improve(model, targets, kwargs, result, absorb=absorb, widen=widen, hold=held)
-        plan = replace(
-            plan,
-            sites=tuple(with_probe(s, result, plan) if s.name in targets else s for s in sites),
-            absorbs=result.absorbs,
-            layerscales=result.layerscales,
-            folds=result.folds,
-            widens=result.widens,
-            centers=result.centers,
-            assumed=result.assumed,
-            moved=result.moved,
-            unreached=result.unreached,
-            reached=result.reached,
-            filled=pruned(model, result),
-            precision=result.dtype,
+
+        def search(subject: nn.Module, targets: Mapping[str, NormSpec]) -> ProbeResult:
+            result = probe(subject, targets, kwargs, more, held)
+            absorb, widen = strategy == "auto", post_norm == "extra_neuron"
+            if result.kept.keys() & result.leftover.keys() and (absorb or widen):
+                result = improve(
+                    subject, targets, kwargs, result, absorb=absorb, widen=widen, hold=held
+                )
+            return result
+
+        planned = plan_on_twin(model, plan, kwargs, search, twin) or plan_on_model(
+            model, plan, kwargs, search
         )
-    require_work(plan)
-    return with_autocast(plan, model, autocast_output, kwargs), kwargs
+    require_work(planned.plan)
+    return with_autocast(planned, autocast_output)
+
+
+def layernorms(sites: Iterable[Site]) -> dict[str, NormSpec]:
+    """What is to become RMSNorm."""
+    return {
+        site.name: site.spec
+        for site in sites
+        if site.verdict == "approximate" and site.spec and site.spec.kind == "layernorm"
+    }
+
+
+Search = Callable[[nn.Module, Mapping[str, NormSpec]], ProbeResult]
+
+
+def plan_on_model(
+    model: nn.Module, plan: PatchPlan, kwargs: list[Mapping[str, Any]], search: Search
+) -> Planned:
+    result = search(model, layernorms(plan.sites))
+    plan = with_result(plan, result, pruned(model, result))
+    return Planned(plan, kwargs, model, plan)
+
+
+def plan_on_twin(
+    model: nn.Module,
+    plan: PatchPlan,
+    kwargs: list[Mapping[str, Any]],
+    search: Search,
+    wanted: str,
+) -> Planned | None:
+    """The plan by a thin twin; None where there is none, or it does not stand for the model."""
+    sites = {site.name: site for site in plan.sites}
+    targets = layernorms(plan.sites)
+    cuts = () if wanted == "never" else find_cuts(model, targets)
+    if not cuts:
+        return None
+    twin = thin_twin(model, cuts)
+    if wanted == "auto" and elements(model) - elements(twin.model) < TWIN_SPARES:
+        return None
+    stood_for = {name: twin.names(name) for name in find_norms(twin.model)}
+    if sorted(full for names in stood_for.values() for full in names) != sorted(sites):
+        return None
+    alike = all(len({n in targets for n in names}) == 1 for names in stood_for.values())
+    if not alike:  # include or exclude tell layers apart
+        return None
+    small = replace(
+        plan, sites=tuple(replace(sites[full[0]], name=n) for n, full in stood_for.items())
+    )
+    try:
+        result = _searched(twin, search, layernorms(small.sites), kwargs)
+    except PatchError as error:
+        logger.info("the model itself is probed, since its thin twin does not run: %s", error)
+        return None
+    if any(twin.stands_in(name) for name in result.uncalled):
+        return None
+    whole = twin.write_out(result)
+    whole_plan = with_result(plan, whole, pruned(model, whole))
+    return Planned(
+        replace(whole_plan, twin=str(twin)), kwargs, twin.model, with_result(small, result), twin
+    )
+
+
+def _searched(
+    twin: Twin,
+    search: Search,
+    targets: Mapping[str, NormSpec],
+    kwargs: list[Mapping[str, Any]],
+) -> ProbeResult:
+    made = len(kwargs)
+    try:
+        return search(twin.model, targets)
+    except PatchError:  # its code may count layers by its config
+        del kwargs[made:]
+        shorten_configs(twin)
+        try:
+            return search(twin.model, targets)
+        except PatchError:
+            del kwargs[made:]
+            raise
+
+
+def with_result(plan: PatchPlan, result: ProbeResult, filled: tuple[str, ...] = ()) -> PatchPlan:
+    """`plan` with what the probe found."""
+    targets = layernorms(plan.sites)
+    sites = (with_probe(s, result, plan) if s.name in targets else s for s in plan.sites)
+    return replace(
+        plan,
+        sites=tuple(sites),
+        absorbs=result.absorbs,
+        layerscales=result.layerscales,
+        folds=result.folds,
+        widens=result.widens,
+        centers=result.centers,
+        assumed=result.assumed,
+        moved=result.moved,
+        unreached=result.unreached,
+        reached=result.reached,
+        filled=filled,
+        precision=result.dtype,
+    )
 
 
 def pruned(model: nn.Module, result: ProbeResult) -> tuple[str, ...]:
@@ -219,26 +337,22 @@ def with_probe(site: Site, result: ProbeResult, plan: PatchPlan) -> Site:
     return replace(site, reason=reason, leftover=leftover)
 
 
-def with_autocast(
-    plan: PatchPlan,
-    model: nn.Module,
-    output: str,
-    inputs: Sequence[Mapping[str, Any]],
-) -> PatchPlan:
-    """`plan` with the dtype that each site's norm gives under autocast."""
+def with_autocast(planned: Planned, output: str) -> Planned:
+    """The plan with the dtype that each site's norm gives under autocast."""
+    plan, twin = planned.plan, planned.twin
     chosen: dict[str, Any] = {}
-    changed = [site for site in plan.sites if site.verdict != "kept" and site.spec]
     if output == "input":
-        chosen = {site.name: "input" for site in changed}
-    elif output == "auto" and inputs:
+        chosen = {site.name: "input" for site in plan.sites if site.verdict != "kept"}
+    elif output == "auto" and planned.inputs:
         upcast = {
             site.name: site.spec.autocast_float32
-            for site in changed
-            if site.spec and not site.spec.returns_weight_dtype
+            for site in planned.subject_plan.sites
+            if site.verdict != "kept" and site.spec and not site.spec.returns_weight_dtype
         }
-        chosen = dict.fromkeys(direct_sites(model, upcast, inputs), "autocast")
+        for name in direct_sites(planned.subject, upcast, planned.inputs):
+            chosen |= dict.fromkeys(twin.names(name) if twin else [name], "autocast")
     sites = (replace(s, autocast_output=chosen.get(s.name, "float32")) for s in plan.sites)
-    return replace(plan, sites=tuple(sites))
+    return replace(planned, plan=replace(plan, sites=tuple(sites)))
 
 
 def require_plain_weights(model: nn.Module) -> None:

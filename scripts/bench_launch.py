@@ -10,6 +10,9 @@ of `kernel[grid](...)` over the provider's; the shortest of all blocks is "us_mi
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import timeit
 from collections.abc import Sequence
@@ -17,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from harness.benchmark import finish
-from harness.results import environment
+from harness.results import machine
 from harness.stub_driver import StubDriver
 
 from hf_rmsnorm.ops import triton_backend, triton_launch
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             speed = cost[CONTROL] / us
             rows.append({"kernel": kernel.__name__, "provider": name, "us_min": us, "speed": speed})
             print(f"{kernel.__name__:<20}{name:<14}{us:>8.2f} us{speed:>8.1f}x", flush=True)
-    finish({"environment": environment(Accelerator(cpu=True), argv), "rows": rows}, args.out)
+    finish({"environment": machine(torch.device("cpu"), argv), "rows": rows}, args.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ last line is one JSON document.
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import copy
 import itertools

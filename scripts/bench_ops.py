@@ -18,6 +18,9 @@ as many bytes, timed in the same rounds, over the provider's. The last line is o
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import itertools
 import sys

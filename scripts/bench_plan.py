@@ -10,6 +10,9 @@ of which the model itself and the libraries are part ("before"). The last line i
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import datetime
 import json

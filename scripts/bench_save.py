@@ -15,6 +15,9 @@ difference. The last line is one JSON document.
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import os
 import shutil

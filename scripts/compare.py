@@ -23,6 +23,9 @@ Exit status 2 means that something in the request was wrong; the message says wh
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import json
 import shutil
 import sys

@@ -12,6 +12,9 @@ Nothing is downloaded; the models come from `tests/model_zoo`. The last line is 
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import copy
 import fnmatch

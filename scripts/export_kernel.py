@@ -11,6 +11,9 @@ the form that `kernel-builder` starts from.
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import ast
 import base64

@@ -29,6 +29,9 @@ Exit status 2 means that something in the request was wrong; the message says wh
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -14,6 +14,9 @@ broke; 2 for bad arguments.
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import json
 import os

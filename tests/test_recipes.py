@@ -310,9 +310,35 @@ def test_layer_norm_without_parameters_and_over_two_axes() -> None:
 @pytest.mark.parametrize("affine", [True, False])
 def test_rms_norm_of_torch(eps: float | None, affine: bool) -> None:
     spec = readable(nn.RMSNorm(24, eps, elementwise_affine=affine))
-    assert spec == NormSpec(
-        "rmsnorm", (24,), eps or torch.finfo(torch.float32).eps, autocast_float32=True
-    )
+    assert spec == NormSpec("rmsnorm", (24,), eps, autocast_float32=True)
+
+
+class WithEps(nn.Module):
+    """Says in code, not in an attribute, what eps is."""
+
+    def __init__(self, eps_of: Callable[[torch.dtype], float]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(24))
+        type(self).eps_of = staticmethod(eps_of)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps_of(wide.dtype))
+        return (y * self.weight).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("eps_of", "eps"),
+    [
+        (lambda dtype: torch.finfo(dtype).eps, None),
+        (lambda dtype: torch.finfo(torch.float32).eps, torch.finfo(torch.float32).eps),
+    ],
+)
+def test_an_eps_that_follows_the_dtype_is_told_from_one_that_does_not(eps_of, eps) -> None:
+    class OwnNorm(WithEps):
+        pass
+
+    assert readable(OwnNorm(eps_of)).eps == eps
 
 
 def test_a_weight_of_two_axes_is_per_head_or_for_both(classes: dict[str, type[nn.Module]]) -> None:

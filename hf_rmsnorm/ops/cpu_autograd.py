@@ -13,27 +13,23 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import cpu_backend, cpu_build, reference, shortcut
+from . import build_cache, cpu_backend, cpu_build, reference, shortcut
+from .build_cache import Unavailable
 from .reference import Formula
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _HEADER = _SOURCE.with_name("cpu_tensors.h")
-_ABANDONED_SECONDS = 600
 
 # Why calls went through Python so far; the last one counts.
 _reasons: list[str] = []
@@ -42,13 +38,15 @@ _reasons: list[str] = []
 @functools.cache
 def start() -> threading.Thread:
     """Loads the result, or has it built; `shortcut` has it when it is there."""
-    target = _target()
-    thread = threading.Thread(
-        target=_load_or_build, args=(target,), name="hf_rmsnorm build", daemon=True
-    )
-    if target is not None and not target.exists():
-        _through_python(f"the C++ part is being built, once, as {target}")
-        thread.start()
+    thread = threading.Thread(target=_load_or_build, name="hf_rmsnorm build", daemon=True)
+    try:
+        where, stem = _target()
+        if build_cache.find(where, stem) is None:
+            _through_python(f"the C++ part is being built, once, in {where}")
+            thread.start()
+            return thread
+    except Exception as error:  # a norm must not fail for want of this
+        _through_python(str(error))
         return thread
     thread.run()
     return thread
@@ -77,19 +75,22 @@ def _through_python(reason: str) -> None:
     logger.info("CPU calls go through Python: %s", reason)
 
 
-def _load_or_build(target: Path | None) -> None:
-    if target is None:
-        return
-    if not target.exists():
-        said = _build(target)
-        if not target.exists():
-            _through_python(f"{_compiler()} failed: {said.strip()[-500:]}")
-            return
+def _load_or_build() -> None:
+    path = None
     try:
-        _load(target)
-    except (ImportError, AttributeError) as error:
-        _through_python(f"{target} cannot be used: {error}")
-        target.unlink(missing_ok=True)  # the next process builds it again
+        where, stem = _target()
+        path = build_cache.find(where, stem)
+        if path is None:
+            command = [str(_compiler()), str(_SOURCE), *_flags()]
+            path = build_cache.build(where, stem, [command], _trial(), nice=19)
+        _load(path)
+    except Exception as error:
+        if path is None:
+            advice = "; set HF_RMSNORM_CACHE to another folder" * isinstance(error, OSError)
+            _through_python(f"{error}{advice}")
+            return
+        _through_python(f"{path} cannot be used: {error}")
+        path.unlink(missing_ok=True)  # the next process builds it again
 
 
 @functools.cache
@@ -98,24 +99,47 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, filter(None, wanted))), None)
 
 
-def _target() -> Path | None:
-    """Where the result is kept; None where it cannot be made or kept."""
-    compiler, folder = _compiler(), cpu_build.cache_dir()
-    headers = Path(sysconfig.get_path("include"))
+def _target() -> tuple[Path, str]:
+    """Where the result is kept, and what its name begins with."""
+    compiler, headers = _compiler(), Path(sysconfig.get_path("include"))
     if cpu_build.library() is None:
-        _through_python("there is no CPU kernel, which the C++ part calls")
-    elif compiler is None:
-        _through_python("no C++ compiler (c++, g++ or clang++) on PATH; install one or set CXX")
-    elif not (headers / "Python.h").exists():
-        _through_python(f"no Python.h in {headers}; install Python's headers (python3-dev)")
-    elif not os.access(folder, os.W_OK):
-        _through_python(f"{folder} cannot be written; set HF_RMSNORM_CACHE to another folder")
-    else:
-        parts = repr((torch.__version__, torch.__file__, sys.implementation.cache_tag, _flags()))
-        sources = _SOURCE.read_bytes(), _HEADER.read_bytes()
-        name = cpu_build.fingerprint(compiler, parts.encode(), *sources)
-        return folder / f"autograd-{name}.so"
-    return None
+        raise Unavailable("there is no CPU kernel, which the C++ part calls")
+    if compiler is None:
+        raise Unavailable("no C++ compiler (c++, g++ or clang++) on PATH; install one or set CXX")
+    if not (headers / "Python.h").exists():
+        raise Unavailable(f"no Python.h in {headers}; install Python's headers (python3-dev)")
+    parts = repr((torch.__version__, torch.__file__, sys.implementation.cache_tag, _flags()))
+    sources = _SOURCE.read_bytes(), _HEADER.read_bytes()
+    name = build_cache.fingerprint(compiler, parts.encode(), *sources)
+    return build_cache.folder(), f"autograd-{name}"
+
+
+def _trial() -> list[str]:
+    """It rests on private headers of PyTorch: a process that may crash calls it first."""
+    code = f"""
+import sys
+sys.path[:] = {sys.path!r}
+from {__package__} import cpu_autograd
+cpu_autograd.try_out(sys.argv[1])
+"""
+    return [sys.executable, "-c", code]
+
+
+def try_out(path: str) -> None:
+    """Loads what was built, and holds a forward and a backward pass against the reference."""
+    _load(Path(path))
+    formula = Formula(30, 1e-5, 0.5, False)
+    for dtype in (torch.float32, torch.float64):
+        x, residual, dy, dsummed = torch.randn(4, 5, 70, dtype=dtype)
+        weight, bias = torch.randn(2, 70, dtype=dtype)
+        leaves = x, residual, weight, bias
+        for t in leaves:
+            t.requires_grad_()
+        found = shortcut.call(*leaves, lambda *_: formula, *[None] * 5)
+        expected = reference.forward(*leaves, formula, save_rstd=False)[:2]
+        gradients = [torch.autograd.grad(pair, leaves, (dy, dsummed)) for pair in (found, expected)]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 def _flags() -> list[str]:
@@ -129,51 +153,6 @@ def _flags() -> list[str]:
         *("-ltorch_python", "-ltorch_cpu", "-lc10"),
         *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()),
     ]
-
-
-def _build(target: Path) -> str:
-    """Compiles beside `target`, then renames; outlives this process. Returns what was said."""
-    lock = target.with_suffix(".building")
-    if not _taken(lock):
-        while not target.exists() and _is_held(lock):
-            time.sleep(0.2)
-        return "another process that was building it failed"
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    source, *libraries = str(_SOURCE), *_flags()
-    command = shlex.join([str(_compiler()), source, *libraries, "-o", partial])
-    steps = (
-        f"nice -n 19 {command} && mv {shlex.quote(partial)} {shlex.quote(str(target))}; "
-        f"rm -f {shlex.quote(partial)} {shlex.quote(str(lock))}"
-    )
-    done = subprocess.run(
-        ["/bin/sh", "-c", steps],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
-    return done.stderr
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process is building; a lock that was left behind long ago says nothing."""
-    try:
-        return time.time() - lock.stat().st_mtime < _ABANDONED_SECONDS
-    except FileNotFoundError:
-        return False
-
-
-def _taken(lock: Path) -> bool:
-    """Whether the lock is ours now."""
-    if not _is_held(lock):
-        lock.unlink(missing_ok=True)
-    try:
-        lock.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def _load(target: Path) -> None:

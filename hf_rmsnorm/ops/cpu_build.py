@@ -1,28 +1,28 @@
-"""Builds the CPU kernel with the system's C compiler, once, and loads it.
-
-The library is kept in `$HF_RMSNORM_CACHE`, else `$XDG_CACHE_HOME/hf_rmsnorm`, else
-`~/.cache/hf_rmsnorm`, under a name made of everything it depends on.
-"""
+"""Builds the CPU kernel with the system's C compiler, once, and loads it: see build_cache.py."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
 import shutil
-import subprocess
+import sys
 import tempfile
 from pathlib import Path
+
+from . import build_cache
+from .build_cache import StillBuilding, Unavailable
 
 logger = logging.getLogger(__name__)
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("rms_norm.c", "rms_norm_rows.h")]
+_TRIAL = Path(__file__).with_name("cpu_trial.py")
 _BASE_FLAGS = ["-O2", "-fPIC", "-shared", "-Wno-psabi"]
-_EXTRA_FLAGS = [["-march=native", "-fopenmp"], ["-march=native"], ["-fopenmp"], []]
+_ANY_CPU = [["-fopenmp"], []]
+_EXTRA_FLAGS = [["-march=native", "-fopenmp"], ["-march=native"], *_ANY_CPU]
+# It takes about two. Beyond, the compiler hangs: this process goes on with plain PyTorch.
+WAIT_SECONDS = 20.0
 
 # dtypes of x, and of y and dy, that the kernel is compiled for; float16 needs a newer compiler
 PAIRS = (
@@ -43,84 +43,38 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel; None, said once in the log, where it cannot be had."""
     try:
         return _typed(_load_or_build())
-    except _Unavailable as error:
+    except Exception as error:  # a norm must not fail for want of a compiler, whatever it wants
         logger.warning("CPU kernel unavailable, plain PyTorch is used instead: %s", error)
         return None
-
-
-class _Unavailable(Exception):
-    """Says why there is no CPU kernel."""
-
-
-def cache_dir() -> Path:
-    if own := os.environ.get("HF_RMSNORM_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hf_rmsnorm"
 
 
 def _load_or_build() -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, _compilers())), None)
     if compiler is None:
-        raise _Unavailable("no C compiler (cc, gcc or clang) on PATH; install one or set CC")
-    parts = *(s.read_bytes() for s in _SOURCES), repr((_BASE_FLAGS, _EXTRA_FLAGS)).encode()
-    name = f"rms_norm-{fingerprint(compiler, *parts)}.so"
+        raise Unavailable("no C compiler (cc, gcc or clang) on PATH; install one or set CC")
+    extras = _EXTRA_FLAGS if build_cache.cpu() else _ANY_CPU
+    commands = [[compiler, *_BASE_FLAGS, *extra, str(_SOURCES[0]), "-lm"] for extra in extras]
+    parts = *(s.read_bytes() for s in (*_SOURCES, _TRIAL)), repr(commands).encode()
+    stem = f"rms_norm-{build_cache.fingerprint(compiler, *parts)}"
+    trial = [sys.executable, "-I", str(_TRIAL)]
     try:
-        target = cache_dir() / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # not there yet, or damaged
-            return ctypes.CDLL(str(target))
-        return _build(compiler, target)
-    except (OSError, RuntimeError) as error:  # no home folder, or one that cannot be written
+        where = build_cache.folder()
+        path = build_cache.find(where, stem)
+        path = path or build_cache.build(where, stem, commands, trial, wait=WAIT_SECONDS)
+        return ctypes.CDLL(str(path))
+    except StillBuilding:
+        raise
+    except (OSError, Unavailable) as error:  # no such folder, a full disk, mounted noexec
         logger.info("CPU kernel not kept for the next process: %s", error)
     with tempfile.TemporaryDirectory() as own:
-        return _build(compiler, Path(own) / name)
+        path = build_cache.build(
+            Path(own), stem, commands, trial, wait=WAIT_SECONDS, limit=WAIT_SECONDS
+        )
+        return ctypes.CDLL(str(path))
 
 
 def _compilers() -> list[str]:
     return [c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c]
-
-
-def fingerprint(compiler: str, *parts: bytes) -> str:
-    """Changes with `parts`, the compiler and what this CPU can do."""
-    status = Path(compiler).resolve().stat()
-    built_by = repr((compiler, status.st_size, status.st_mtime_ns)).encode()
-    runs_on = " ".join([platform.machine(), platform.processor(), *_cpu_features()]).encode()
-    return hashlib.sha256(b"\0".join([*parts, built_by, runs_on])).hexdigest()[:20]
-
-
-def _cpu_features() -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-    return next((x.split() for x in lines if x.startswith(("flags", "Features"))), [])
-
-
-def _build(compiler: str, target: Path) -> ctypes.CDLL:
-    """Compiles beside `target`, tries the result, then renames: no process sees half of it."""
-    logger.info("building the CPU kernel with %s, once", compiler)
-    said = ""
-    for extra in _EXTRA_FLAGS:
-        handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
-        os.close(handle)
-        try:
-            done = subprocess.run(
-                [compiler, *_BASE_FLAGS, *extra, str(_SOURCES[0]), "-o", partial, "-lm"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            said = done.stderr
-            if done.returncode == 0:
-                loaded = ctypes.CDLL(partial)
-                Path(partial).replace(target)
-                return loaded
-        except OSError as error:
-            said = str(error)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    raise _Unavailable(f"{compiler} failed: {said.strip()[-500:]}")
 
 
 def _typed(lib: ctypes.CDLL) -> ctypes.CDLL:

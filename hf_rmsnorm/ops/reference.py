@@ -39,6 +39,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def default_eps(x: torch.dtype) -> float:
+    """What PyTorch's RMSNorm takes for `eps=None`: of the dtype that x is computed in."""
+    return torch.finfo(torch.float64 if x == torch.float64 else torch.float32).eps
+
+
 def output_dtype(x: Tensor, weight: Tensor | None, formula: Formula) -> torch.dtype:
     if formula.out is not None:
         return formula.out

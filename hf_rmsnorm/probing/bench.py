@@ -48,7 +48,7 @@ def reference_norm(module: nn.Module, spec: NormSpec, x: Tensor) -> Tensor:
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
     y = x.to(dtype).movedim(axis, -1)
-    y = nn.functional.layer_norm(y, y.shape[-1:], eps=spec.eps)
+    y = nn.functional.layer_norm(y, y.shape[-1:], eps=spec.eps_for(y.dtype))
     if weight is not None:
         y = y * (weight + spec.weight_offset)
     if bias is not None:

@@ -17,14 +17,9 @@ from torch import Tensor
 from .bench import Bench
 from .facts import Fold, fold_tensor
 from .reach import Family, families
+from .symmetry import spread
 
 T = TypeVar("T")
-
-
-def spread(tensor: Tensor) -> float:
-    """The unit of a shift: the tensor's own standard deviation, 1 where it has none."""
-    std = tensor.std().item() if tensor.numel() > 1 else 0.0
-    return std if std > 0 else 1.0
 
 
 def shifted(leaves: Mapping[str, Tensor], folds: Iterable[Fold], scale: float) -> dict[str, Tensor]:

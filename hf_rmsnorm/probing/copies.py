@@ -40,7 +40,7 @@ def plain_copy(model: nn.Module, dtype: torch.dtype, *, every_adapter: bool = Fa
             memo[id(hook)] = hook  # holds weights; dropped below
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        _own_methods(module)
+        own_methods(module)
     places = [t.device for t in tensors if t.is_floating_point()] or [torch.device("cpu")]
     nn.Module.to(twin.eval(), places[0], dtype)
     for module in twin.modules():
@@ -54,7 +54,7 @@ def plain_copy(model: nn.Module, dtype: torch.dtype, *, every_adapter: bool = Fa
     return twin
 
 
-def _own_methods(module: nn.Module) -> None:
+def own_methods(module: nn.Module) -> None:
     """Take off what accelerate hung on a module: its methods act on the module it was copied from,
     and move inputs to where that one's weights are."""
     own = vars(module)
@@ -88,3 +88,9 @@ def _activate_all(layer: Any) -> None:
         layer.set_adapter(list(names))
     except Exception:  # kinds of which one at a time can be active
         layer.set_adapter(active)
+
+
+def elements(module: nn.Module) -> int:
+    """Entries of all tensors of a module, shared ones once."""
+    found = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() for tensor in found.values())

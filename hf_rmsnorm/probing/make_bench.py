@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import PatchError
 from ..recipes import NormSpec
 from .bench import TOLERANCES, Bench, norm_axis, reference_norm
-from .copies import plain_copy
+from .copies import elements, plain_copy
 from .outputs import Outputs, cast_inputs, is_named, model_place
 from .reach import beyond, touching
 
@@ -74,8 +74,7 @@ def _bench(
 def fits(model: nn.Module, dtype: torch.dtype, free: float) -> bool:
     """Whether a probe of `model` in `dtype` needs no more than `free` bytes: a copy, and as much
     again and a half for gradients on their way and shifted weights (measured on GPT-2)."""
-    elements = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    return 2.5 * elements * dtype.itemsize <= free
+    return 2.5 * elements(model) * dtype.itemsize <= free
 
 
 def free_bytes(device: torch.device) -> float:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .bench import Bench, norm_axis
-from .confirm import settle, spread
+from .confirm import settle
 from .facts import Absorb, shift_term
 from .outputs import is_float, relative_change
+from .symmetry import spread
 
 
 @dataclass

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .bench import Bench
-from .confirm import spread
 from .facts import Center
 from .outputs import is_float
-from .symmetry import cotangent
+from .symmetry import cotangent, spread
 
 Edit = Callable[[Center, Tensor], Tensor]
 

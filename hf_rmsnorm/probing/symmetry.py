@@ -21,6 +21,7 @@ from .facts import Fold
 
 PROBES = 4
 MAX_BLOCKS = 512
+FELT = 1e-3  # of the tolerance: a mean that moves by less feels nothing but rounding
 
 
 # (leaf, axis) -> the products of the gradient's slices along the axis with random vectors,
@@ -36,6 +37,18 @@ def ratios(sketch: Tensor, size: int, inner: int = 1, weights: Tensor | None = N
     total = torch.einsum("osip,s->oip", blocks, w).norm(dim=-1)
     power = blocks.norm(dim=(1, 3)) * w.norm()
     return torch.where(power > 0, total / power, math.inf)
+
+
+def totals(sketch: Tensor, size: int, inner: int = 1) -> Tensor:
+    r"""$\lVert \sum_j g_j \rVert$ per block, about."""
+    total = sketch.reshape(-1, size, inner, PROBES).sum(1).norm(dim=-1)
+    return total / PROBES**0.5
+
+
+def spread(tensor: Tensor) -> float:
+    """The unit of a shift: the tensor's own standard deviation, 1 where it has none."""
+    std = tensor.std().item() if tensor.numel() > 1 else 0.0
+    return std if std > 0 else 1.0
 
 
 def block_views(length: int, sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -158,7 +171,8 @@ def survey(bench: Bench) -> Survey:
     for name, axis, size, inner, passes in passing:
         if (name, axis) in of_means:
             needed = ratios(of_means[name, axis], size, inner)
-            blocks = passes & (needed > tol) & needed.isfinite()
+            felt = totals(of_means[name, axis], size, inner) * spread(leaves[name])
+            blocks = passes & (needed > tol) & needed.isfinite() & (felt > FELT * tol)
             if blocks.any():
                 where = tuple((int(i), int(j)) for i, j in blocks.nonzero())
                 folds.append(Fold(name, axis, size, inner, None if blocks.all() else where))

@@ -39,7 +39,7 @@ class NormSpec:
         kind: `"layernorm"` (centres) or `"rmsnorm"` (does not).
         normalized_shape: sizes of the normalised axes; one entry for nearly every model, none
             where the module does not say: it then takes whatever the last axis has.
-        eps: inside the square root.
+        eps: inside the square root; None is that of the dtype in which x is computed.
         weight_offset: `o`, 1.0 for classes that store `w - 1` (Gemma, Nemotron).
         casting: `"gemma"`: everything in float32, one cast to x's dtype at the end.
             `"llama"`: the normalised value is cast to x's dtype *before* the weight multiplies
@@ -55,12 +55,16 @@ class NormSpec:
 
     kind: Literal["layernorm", "rmsnorm"]
     normalized_shape: tuple[Count, ...]
-    eps: Epsilon
+    eps: Epsilon | None
     weight_offset: Finite = 0.0
     casting: Literal["gemma", "llama"] = "gemma"
     returns_weight_dtype: bool = False
     channels_first: bool = False
     autocast_float32: bool = False
+
+    def eps_for(self, dtype: torch.dtype) -> float:
+        """`eps` of a computation in `dtype`."""
+        return torch.finfo(dtype).eps if self.eps is None else self.eps
 
     def compute(
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
@@ -73,7 +77,7 @@ class NormSpec:
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.kind == "layernorm":
             y = y - y.mean(dims, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(dims, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(y.square().mean(dims, keepdim=True) + self.eps_for(y.dtype))
         if self.casting == "llama":
             by_weight = self.returns_weight_dtype and weight is not None
             y = y.to(weight.dtype if by_weight else x.dtype)  # type: ignore[union-attr]
@@ -103,7 +107,7 @@ def check(module: nn.Module, forward: Forward) -> NormSpec | Unreadable:
             for layout, y in outputs:
                 for spec in probe.readings(layout):
                     if _gaps(y, probe.formula(spec, torch.float32, torch.float32)).max() < 1e-5:
-                        return _with_casting(probe, layout, spec)
+                        return _with_casting(probe, layout, _with_eps(probe, layout, spec))
             if outputs:
                 return Unreadable("it computes neither LayerNorm nor RMSNorm of its input")
     return Unreadable(f"its forward failed on a test input ({failures[0]})")
@@ -206,6 +210,20 @@ class _Probe:
         eps_values = dict.fromkeys([*eps_attributes(self.module), *_USUAL_EPS])
         for shape, kind, offset, eps in product(self.shapes, kinds, offsets, eps_values):
             yield NormSpec(kind, shape, eps, offset, channels_first=layout.channels_first)
+
+
+def _with_eps(probe: _Probe, layout: _Layout, spec: NormSpec) -> NormSpec:
+    """`spec`, with None for the eps of float32 if float64 shows that it follows the dtype."""
+    if spec.eps == torch.finfo(torch.float32).eps:
+        by_dtype = replace(spec, eps=None)
+        with suppress(Exception):  # a norm that takes no float64 never meets it
+            y = probe.run(layout, torch.float64, torch.float64)
+            found = [
+                _gaps(y, probe.formula(s, torch.float64, torch.float64)).max()
+                for s in (spec, by_dtype)
+            ]
+            return by_dtype if found[1] < found[0] else spec
+    return spec
 
 
 def _with_casting(probe: _Probe, layout: _Layout, spec: NormSpec) -> NormSpec | Unreadable:

@@ -29,4 +29,35 @@ kernel_checks   all checks of gpu_check, and its worker process
 gpu_launching   checks of graphs, streams, repeats, kept kernels
 gpu_behaviour   checks of everything else that wants a GPU
 children        child processes with a deadline
+
+Scripts import this package before anything else: from then on a package that is missing ends them
+with a line that says which, and how to install it.
 """
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+# What `pip install` installs all that the scripts may import with, from the repository's root.
+_EXTRA = '".[scripts]"'
+
+
+def missing(error: BaseException) -> str | None:
+    """What to say of an error that is a package which is not installed; None of any other."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name or "." in error.name:
+        return None  # a part of a package is missing: another version is needed, or it is broken
+    script = Path(sys.argv[0]).name
+    advice = f"pip install {'.' if error.name == 'hf_rmsnorm' else _EXTRA}"
+    return f"error: {script} needs {error.name}, which is not installed: {advice}"
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if text := missing(error):
+        print(text, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _hook

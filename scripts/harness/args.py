@@ -80,7 +80,10 @@ class DataArguments:
 
     dataset_name: str | None = flag("dataset to load with the datasets library", None)
     dataset_config_name: str | None = flag("configuration of that dataset", None)
-    train_file: str | None = flag("training text: .txt, .json, .jsonl or .csv", None)
+    train_file: str | None = flag(
+        "training text: .txt, .json, .jsonl, .csv, .parquet, .arrow; also as .gz, .bz2, .xz",
+        None,
+    )
     validation_file: str | None = flag("validation text, same kinds of file", None)
     validation_split_percentage: float = flag(
         "share of the training blocks kept for validation where there is no validation split", 5.0

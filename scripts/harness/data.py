@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from harness.args import DataArguments
 from harness.errors import ScriptError
 
-BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+BUILDERS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 class TokenBlocks(Dataset):
@@ -131,12 +139,19 @@ def _check_file(name: str, path: Path) -> None:
         raise ScriptError(
             f"--{name} {path} " + ("is a folder" if path.is_dir() else "does not exist")
         )
-    if path.suffix not in BUILDERS:
+    if _builder(path) is None:
         raise ScriptError(
-            f"--{name} {path}: unknown kind of file {path.suffix!r}; known: {', '.join(BUILDERS)}"
+            f"--{name} {path}: unknown kind of file {path.suffix!r}; known: {', '.join(BUILDERS)}, "
+            f"also compressed as {', '.join(COMPRESSED)}"
         )
     if path.stat().st_size == 0:
         raise ScriptError(f"--{name} {path} is empty")
+
+
+def _builder(path: Path) -> str | None:
+    """The reader for a file, by its name; None for a kind that is not known."""
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return BUILDERS.get(plain.suffix.lower())
 
 
 def load_data(args: DataArguments, tokenizer: Any, block_size: int) -> Data:
@@ -174,13 +189,13 @@ def _load_text(args: DataArguments) -> Any:
     for split, name in (("train", args.train_file), ("validation", args.validation_file)):
         if name is None:
             continue
-        builder = BUILDERS[Path(name).suffix]
+        builder = _builder(Path(name))
         options = {"keep_linebreaks": True} if builder == "text" else {}
         try:
             raw[split] = datasets.load_dataset(
                 builder, data_files=name, split="train", cache_dir=args.cache_dir, **options
             )
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        except Exception as error:  # every format has errors of its own
             reason = str(error.__cause__ or error).strip().split("\n")[0]
             raise ScriptError(f"cannot read {name} as {builder}: {reason}") from error
     return raw

@@ -121,7 +121,7 @@ def launches_of(modules: Sequence[Any]) -> set[str]:
 
 
 def run(checks: Sequence[Check], device: str) -> Iterator[dict[str, Any]]:
-    from hf_rmsnorm.ops import triton_backend
+    from hf_rmsnorm.ops import triton_backend, triton_fallback
 
     if device == "cpu":
         ops.backend_for = lambda x: triton_backend if x.numel() else ops.reference  # type: ignore
@@ -143,6 +143,9 @@ def run(checks: Sequence[Check], device: str) -> Iterator[dict[str, Any]]:
                     torch.cuda.synchronize()
             if not kernels and check.name not in gpu_behaviour.WITHOUT_KERNELS:
                 problem = "no Triton kernel ran"
+            if triton_fallback.failed:
+                problem = f"not built: {'; '.join(dict.fromkeys(triton_fallback.failed.values()))}"
+                triton_fallback.failed.clear()
         except gpu_behaviour.Skipped as reason:
             yield {**label, "status": "skipped", "why": str(reason)}
             continue

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_rmsnorm import functional
-from hf_rmsnorm.ops import cpu_autograd, cpu_build, shortcut
+from hf_rmsnorm.ops import build_cache, cpu_autograd, cpu_build, shortcut
 
 pytestmark = pytest.mark.skipif(not cpu_autograd.finish(), reason="no C++ compiler here")
 
@@ -307,41 +307,35 @@ def test_a_compiler_that_fails_costs_nothing_but_time(tmp_path: Path) -> None:
     *names, status = process(cache, CXX=str(broken))
     assert names == ["False", *["RMSNormFunctionBackward"] * 2]
     assert status == f"through Python: {broken} failed: it is broken"
-    (kept,) = cache.iterdir()
+    (kept,) = cache.glob("*.so")
     assert kept.name.startswith("rms_norm-")
 
 
 @pytest.mark.launch
 def test_what_is_in_the_cache_is_used_from_the_second_call(tmp_path: Path) -> None:
-    target = cpu_autograd._target()
-    for built in (target, *cpu_build.cache_dir().glob("rms_norm-*.so")):
-        (tmp_path / built.name).symlink_to(built)
+    where, stem = cpu_autograd._target()
+    for kept in (*where.glob(f"{stem}-*.so"), *where.glob("rms_norm-*.so")):
+        shutil.copy(kept, tmp_path)
     *names, status = process(tmp_path)
     assert names == ["True", "RMSNormFunctionBackward", "RMSNormBackward"]
     assert status == "through C++"
-    damaged = tmp_path / target.name
-    damaged.unlink()
-    damaged.write_bytes(b"damaged")
+    (kept,) = tmp_path.glob(f"{stem}-*.so")
+    os.truncate(kept, 20000)
+    assert build_cache.find(tmp_path, stem) is None
+    whole = next(tmp_path.glob("rms_norm-*.so")).read_bytes()  # but no extension of Python
+    unusable = tmp_path / f"{stem}-{hashlib.sha256(whole).hexdigest()}.so"
+    unusable.write_bytes(whole)
     *names, status = process(tmp_path)
     assert names == ["False", *["RMSNormFunctionBackward"] * 2]
-    assert status.startswith(f"through Python: {damaged} cannot be used: ")
-    assert not damaged.exists()
+    assert status.startswith(f"through Python: {unusable} cannot be used: ")
+    assert not unusable.exists()
 
 
 @pytest.mark.launch
 def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
-    for built in cpu_build.cache_dir().glob("rms_norm-*.so"):
+    for built in build_cache.folder().glob("rms_norm-*.so"):
         (tmp_path / built.name).symlink_to(built)
     c_compiler = next(filter(None, map(shutil.which, cpu_build._compilers())))
     *names, status = process(tmp_path, PATH=str(tmp_path), CXX="", CC=c_compiler)
     assert names == ["False", *["RMSNormFunctionBackward"] * 2]
     assert status.startswith("through Python: no C++ compiler") and "set CXX" in status
-
-
-def test_a_lock_is_held_by_one_and_not_for_ever(tmp_path: Path) -> None:
-    lock = tmp_path / "a.building"
-    assert cpu_autograd._taken(lock)
-    assert not cpu_autograd._taken(lock)
-    long_ago = time.time() - 2 * cpu_autograd._ABANDONED_SECONDS
-    os.utime(lock, (long_ago, long_ago))
-    assert cpu_autograd._taken(lock)

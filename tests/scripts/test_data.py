@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from conftest import BLOCK, Assets
 from harness import data
 from harness.args import DataArguments
 from harness.data import ShuffledOrder, TokenBlocks
+from harness.errors import ScriptError
 
 
 def load(assets: Assets, **arguments: Any) -> data.Data:
@@ -37,7 +42,25 @@ def as_csv(lines: list[str], path: Path) -> None:
         csv.writer(file).writerows([["text"], *([line] for line in lines)])
 
 
-@pytest.mark.parametrize("write", [as_jsonl, as_json, as_csv])
+def as_parquet(lines: list[str], path: Path) -> None:
+    datasets.Dataset.from_dict({"id": [7] * len(lines), "text": lines}).to_parquet(path)
+
+
+def as_arrow(lines: list[str], path: Path) -> None:
+    with datasets.arrow_writer.ArrowWriter(path=str(path)) as writer:
+        for line in lines:
+            writer.write({"text": line})
+        writer.finalize()
+
+
+def as_txt(lines: list[str], path: Path) -> None:
+    path.write_text("".join(lines))
+
+
+WRITERS = [as_txt, as_jsonl, as_json, as_csv, as_parquet, as_arrow]
+
+
+@pytest.mark.parametrize("write", WRITERS)
 def test_every_kind_of_file_gives_the_same_tokens(
     assets: Assets, tmp_path: Path, write: Callable[[list[str], Path], None]
 ) -> None:
@@ -45,6 +68,37 @@ def test_every_kind_of_file_gives_the_same_tokens(
     write(assets.text.read_text().splitlines(keepends=True), path)
     expected = load(assets, train_file=str(assets.text))
     assert load(assets, train_file=str(path)).fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("ending", data.COMPRESSED)
+@pytest.mark.parametrize("write", [as_txt, as_json, as_jsonl, as_csv])
+def test_compressed_files_give_the_same_tokens(
+    assets: Assets, tmp_path: Path, write: Callable[[list[str], Path], None], ending: str
+) -> None:
+    kind = write.__name__.removeprefix("as_")
+    write(assets.text.read_text().splitlines(keepends=True), plain := tmp_path / f"text.{kind}")
+    compress = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[ending].compress
+    path = tmp_path / f"Text.{kind.upper()}{ending}"
+    path.write_bytes(compress(plain.read_bytes()))
+    data.check_arguments(DataArguments(train_file=str(path)))
+    expected = load(assets, train_file=str(plain))
+    assert load(assets, train_file=str(path)).fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["txt.gz", "json", "jsonl.xz", "parquet", "arrow"])
+def test_a_file_that_is_not_what_its_name_says(assets: Assets, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"text.{kind}"
+    path.write_bytes(b"\x00\xff{ this is nothing of the kind" * 9)
+    with pytest.raises(ScriptError, match=f"cannot read .*text.{kind} as"):
+        load(assets, train_file=str(path))
+
+
+@pytest.mark.parametrize("name", ["a.docx", "a.gz", "a.txt.zip", "a", "a.csv.7z", "a.gz.txt.gz.gz"])
+def test_other_kinds_of_files_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("text")
+    with pytest.raises(ScriptError, match=r"unknown kind of file .*known: .txt.*\.parquet.*\.gz"):
+        data.check_arguments(DataArguments(train_file=str(path)))
 
 
 def test_blocks_are_the_tokens_of_the_text_in_order(assets: Assets) -> None:
