@@ -67,6 +67,10 @@ def model_class(base: Any, own: Any = None) -> Any:
                 lambda cls: base._can_set_experts_implementation()
             ),
             "_auto_class": None,
+            "_keys_to_ignore_on_load_unexpected": [
+                *(base._keys_to_ignore_on_load_unexpected or ()),
+                r"(^|\.)hf_rmsnorm_p$",
+            ],
             "config_class": config_class(own),
             "save_pretrained": save_pretrained,
             "push_to_hub": push_to_hub,

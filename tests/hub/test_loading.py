@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,6 +208,29 @@ def test_trained_from_a_checkpoint(
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_patched(resumed.model, format)
     torch.testing.assert_close(forward(resumed.model.eval()), forward(model))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "direct"])
+def test_resumed_on_a_model_that_was_not_patched(
+    strategy: str, tmp_path: Path, caplog: Any, accelerator: Any
+) -> None:
+    model = patch_model(gpt2(), strategy=strategy)
+    transformers.Trainer(model, arguments(tmp_path), train_dataset=rows()).train()
+    plain = transformers.Trainer(gpt2(), arguments(tmp_path), train_dataset=rows())
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "unexpected keys in the checkpoint" in caplog.text and "hf_rmsnorm_p" in caplog.text
+
+    accelerator.prepare(model)
+    accelerator.save_state(str(tmp_path / "state"))
+    accelerator.load_state(str(tmp_path / "state"))
+    accelerator._models.clear()
+    accelerator.prepare(gpt2())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*hf_rmsnorm_p"):
+        accelerator.load_state(str(tmp_path / "state"))
 
 
 @pytest.fixture
