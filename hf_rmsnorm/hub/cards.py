@@ -23,7 +23,7 @@ from .autos import auto_class, task
 from .card_merge import merge
 from .card_results import METRICS, TASK, eval_results, texts
 from .configs import MODEL_TYPE
-from .records import RECORD, check_record
+from .records import RECORD, check_record, layers, of_layer
 from .runs import Run, read_run
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -210,12 +210,15 @@ def _facts_of_run(run: Run) -> dict[str, Any]:
 
 def _rows(sites: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Rows of the plan, safe inside a Markdown table; equal ones of numbered layers are one."""
-    rows = [
-        {
-            "name": layer_pattern(str(site["name"])) or "(the model itself)",
-            **{key: str(site[key]) for key in ("class_name", "verdict", "reason")},
-        }
-        for site in sites
-    ]
-    unique = dict.fromkeys(tuple(row.items()) for row in rows)
-    return [{key: text.replace("|", "\\|") for key, text in row} for row in unique]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for site in sites:
+        for layer in range(many := layers(site)):
+            name = str(site["name"]) or "(the model itself)"
+            if many > 1 and name.count("*") == 1:
+                name = name.replace("*", str(layer))
+            reason = str(of_layer(site, layer)["reason"])
+            key = (layer_pattern(name), str(site["class_name"]), str(site["verdict"]), reason)
+            groups.setdefault(key, []).append(name)
+    keys = ("name", "class_name", "verdict", "reason")
+    rows = [(k[0] if len(names) > 1 else names[0], *k[1:]) for k, names in groups.items()]
+    return [{k: v.replace("|", "\\|") for k, v in zip(keys, r, strict=True)} for r in rows]

@@ -69,10 +69,14 @@ def to_record(model: Any, plan: PatchPlan) -> dict[str, Any]:
     modules = Counter(layer_pattern(name) for name, _ in model.named_modules())
     sites: list[dict[str, Any]] = []
     for pattern, group in groups.items():
-        agree = len({(s.verdict, s.spec, s.autocast_output) for s in group}) == 1
-        agree = agree and len(group) == modules[pattern]
-        for name, site in [(pattern, group[0])] if agree else [(s.name, s) for s in group]:
-            sites.append({**asdict(site), **_relative(model, name)})
+        alike = {replace(s, name="", reason="", leftover=None) for s in group}
+        if len(alike) == 1 and len(group) == modules[pattern]:
+            row = {**asdict(group[0]), "reason": _together([s.reason for s in group])}
+            if len({s.leftover for s in group}) > 1:
+                row["leftover"] = [x and float(f"{x:.3g}") for x in (s.leftover for s in group)]
+            sites.append({**row, **_relative(model, pattern)})
+        else:
+            sites += ({**asdict(s), **_relative(model, s.name)} for s in group)
     centers = [{**asdict(c), "serves": (), **_relative(model, c.module)} for c in plan.centers]
     for center in centers:
         del center["module"]
@@ -93,6 +97,47 @@ def to_record(model: Any, plan: PatchPlan) -> dict[str, Any]:
     }
     record = json.loads(json.dumps(record))  # tuples are lists, as a reader will see them
     return {**record, "digest": digest(record)}
+
+
+def _together(texts: list[str]) -> str | list[str | list[str]]:
+    """Texts of several layers as one: pieces that are the same for all, and lists of what is not.
+    That is mostly a number."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    if len({text.count(" ") for text in texts}) > 1:
+        return [list(texts)]
+    pieces: list[str | list[str]] = []
+    for words in zip(*(text.split(" ") for text in texts), strict=True):
+        last = pieces[-1] if pieces else None
+        if len(set(words)) > 1:
+            pieces.append(list(words))
+        elif isinstance(last, str):
+            pieces[-1] = f"{last} {words[0]}"
+        else:
+            pieces.append(words[0])
+    return pieces
+
+
+def of_layer(row: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """The reason and leftover that a site's row of a record has for one of its layers."""
+
+    def pick(values: list[Any]) -> Any:
+        return values[min(layer, len(values) - 1)]
+
+    reason, leftover = row["reason"], row.get("leftover")
+    if isinstance(reason, list):
+        reason = " ".join(piece if isinstance(piece, str) else pick(piece) for piece in reason)
+    return {
+        "reason": reason,
+        "leftover": pick(leftover) if isinstance(leftover, list) else leftover,
+    }
+
+
+def layers(row: Mapping[str, Any]) -> int:
+    """For how many layers a site's row has reasons of their own; 1 if for all the same."""
+    found = row["reason"]
+    pieces = [p for p in found if isinstance(p, list)] if isinstance(found, list) else []
+    return max(map(len, pieces), default=1)
 
 
 def about_weights(
@@ -165,8 +210,9 @@ def from_record(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
     names = _resolver(model, modules, where)
     sites = []
     for row in record["sites"]:
-        for name in names(row):
-            site = Site(name=name, spec=spec_from_dict(row["spec"]), **_rest(row, "spec"))
+        rest = _rest(row, "spec", "reason", "leftover")
+        for layer, name in enumerate(names(row)):
+            site = Site(name=name, spec=spec_from_dict(row["spec"]), **rest, **of_layer(row, layer))
             if site.verdict != "kept" and not _fits(site, modules[name]):
                 raise PatchError(
                     f"the patch record in {where} has {name} as {site.class_name} over "
@@ -174,6 +220,8 @@ def from_record(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
                     f"{modules[name]} there: record and model do not belong together"
                 )
             sites.append(site)
+    order = {name: i for i, name in enumerate(modules)}
+    sites.sort(key=lambda site: order[site.name])
     centers = tuple(
         Center(module=name, **_rest(row)) for row in record["centers"] for name in names(row)
     )
