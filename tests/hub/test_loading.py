@@ -14,6 +14,9 @@ import transformers
 from tiny_models import TOKENS, config_of, forward, gpt2, train
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_rmsnorm
 from hf_rmsnorm import PartialRMSNorm, PatchError, RMSNorm, patch_model
@@ -280,3 +283,33 @@ def test_saved_by_accelerate(
             assert_patched(again, format)
             assert torch.equal(forward(again), expected)
         (tmp_path / "weights" / "config.json").unlink()
+
+
+@register_quantization_config("rounded")
+class Rounded(QuantizationConfigMixin):
+    def __init__(self) -> None:
+        self.quant_method = "rounded"  # type: ignore[assignment]
+
+
+@register_quantizer("rounded")
+class Rounding(HfQuantizer):
+    """Makes the weights of projections int8."""
+
+    requires_calibration = False
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, transformers.pytorch_utils.Conv1D):
+                module.weight = nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+        return model
+
+
+def test_quantised_on_loading(checkpoints: Any) -> None:
+    config = {"quantization_config": Rounded()}
+    with pytest.raises(PatchError, match=r"c_proj\.weight was folded .* quantised .*int8"):
+        hf_rmsnorm.from_pretrained(checkpoints["stock"][0], **config)
+    assert_patched(hf_rmsnorm.from_pretrained(checkpoints["own"][0], **config), "own")
