@@ -23,7 +23,8 @@ from .autos import auto_class, task
 from .card_merge import merge
 from .card_results import METRICS, TASK, eval_results, texts
 from .configs import MODEL_TYPE
-from .records import RECORD, check_record, layers, of_layer
+from .per_layer import layers, of_layer
+from .records import RECORD, check_record
 from .runs import Run, read_run
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
