@@ -1,6 +1,6 @@
 """Patched models on disk and on the Hub. The only part of the package that needs transformers.
 
-- What a model knows of itself: `marking`, `configs`, `records`, `parts`, `exactness`.
+- What a model knows of itself: `marking`, `configs`, `records`, `per_layer`, `parts`, `exactness`.
 - Saving and loading: `saving`, `folders`, `loading`, `autos`, `modeling` (the file for readers
   without the package).
 - `adapters`: which patch the base of an adapter had.
