@@ -148,8 +148,8 @@ def _site_outputs(
 
     try:
         for name in sites:
-            hook = functools.partial(note, name=name)
-            hooks.append(model.get_submodule(name).register_forward_hook(hook))
+            noting = functools.partial(note, name=name)
+            hooks.append(model.get_submodule(name).register_forward_hook(noting))
         run_outputs(model, inputs)
     finally:
         for hook in hooks:
