@@ -78,7 +78,7 @@ def state(model: nn.Module) -> dict[str, Any]:
         if config is not None:
             found[f"{name} config"] = type(config), repr(config)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        data = tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
         found[f"{name} tensor"] = tensor.shape, hashlib.sha256(data).digest()
     return found
 
