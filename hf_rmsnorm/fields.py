@@ -39,7 +39,7 @@ def read_fields(kind: type[T], data: object, what: str) -> T:
 
     text = json.dumps(data, default=repr)
     try:
-        return _adapter(kind).validate_json(text, strict=True, extra="forbid")
+        return _adapter(kind).validate_json(text, strict=True, extra="forbid")  # type: ignore[arg-type]
     except ValidationError as error:
         found = error.errors(include_url=False)
         faults = "; ".join(map(_fault, found[:3])) + ("; ..." if len(found) > 3 else "")

@@ -126,7 +126,7 @@ def make_plan(
         name: judge(name, model.get_submodule(name), reading, share, name in chosen, strategy)
         for name, reading in found.items()
     }
-    plan = PatchPlan(norm, share, strategy, tuple(sites.values()), hold=held)
+    plan = PatchPlan(norm, share, strategy, tuple(sites.values()), hold=held)  # type: ignore[arg-type]
     targets = layernorms(sites.values())
     kwargs = [] if inputs is None else resolve_inputs(model, inputs)
     planned = Planned(plan, kwargs, model, plan)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import PatchError
@@ -144,7 +145,7 @@ class RMSNormAutoConfig(PreTrainedConfig):
         base_type = str(config_dict.get("base_model_type"))
         if path is not None:
             check_record(config_dict.get(RECORD), where)
-            model = library_class(path, PreTrainedModel, where)
+            model = library_class(path, transformers.PreTrainedModel, where)
             base = library_class(base_path, PreTrainedConfig, where)
             _placed[model.__name__] = model, base
             return config_class(base, path).from_dict(config_dict, **kwargs)
