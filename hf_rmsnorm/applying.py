@@ -105,6 +105,7 @@ def swap_norms(model: nn.Module, plan: PatchPlan, sites: list[Site], changes: Ch
             "autocast_float32": site.spec.autocast_float32,
             "autocast_output": site.autocast_output,
             "returns_weight_dtype": site.spec.returns_weight_dtype,
+            "marks_state": plan.p < 1 or site.spec.kind != "rmsnorm",
         }
         for name, value in wanted.items():
             if not hasattr(module, name) or getattr(module, name) != value:

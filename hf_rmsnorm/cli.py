@@ -267,7 +267,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("out", help="folder to write")
     command.add_argument(
-        "--overwrite", action="store_true", help="replace the folder; its card is merged"
+        "--overwrite",
+        action="store_true",
+        help="replace the checkpoint there; its card is merged, what is no checkpoint's stays",
     )
     command.set_defaults(run=patch)
 

@@ -39,7 +39,8 @@ def read_fields(kind: type[T], data: object, what: str) -> T:
 
     text = json.dumps(data, default=repr)
     try:
-        return _adapter(kind).validate_json(text, strict=True, extra="forbid")  # type: ignore[arg-type]
+        adapter = _adapter(kind)  # type: ignore[arg-type]
+        return adapter.validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
         found = error.errors(include_url=False)
         faults = "; ".join(map(_fault, found[:3])) + ("; ..." if len(found) > 3 else "")

@@ -40,6 +40,9 @@ class RMSNorm(nn.LayerNorm):
             another 4 + 2 for each reader's cast; with a half precision x: 2 + 2 instead of 2 + 4
             and 4 + 2 for each reader. Float64 stays float64.
 
+        marks_state: write `hf_rmsnorm_p` into state dicts, which `nn.LayerNorm` then refuses
+            (unless `strict=False`): set by a patch that changes what the module computes.
+
     Example:
         >>> import torch
         >>> norm = RMSNorm(6)
@@ -55,6 +58,7 @@ class RMSNorm(nn.LayerNorm):
     autocast_float32: bool = True
     autocast_output: Literal["float32", "input", "autocast"] = "float32"
     returns_weight_dtype: bool = False
+    marks_state: bool = False
 
     is_hf_rmsnorm = True
     # A user's kernel mapping for nn.LayerNorm must not reach this subclass.
@@ -107,6 +111,36 @@ class RMSNorm(nn.LayerNorm):
             and (self.weight is None or self.weight.dim() == 1)
             and not (self.channels_first or self.returns_weight_dtype)
         )
+
+    @property
+    def hf_rmsnorm_p(self) -> Tensor:
+        """`p` as state dicts have it; a scalar, which averages and casts leave what it is."""
+        return torch.tensor(self.p, dtype=torch.float32)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # on meta, or alone, it is asked which tensors it wants to be given, not what it is
+        here = any(not parameter.is_meta for parameter in self.parameters(recurse=False))
+        if self.marks_state and here and prefix:
+            destination[prefix + "hf_rmsnorm_p"] = self.hf_rmsnorm_p
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name != "hf_rmsnorm_p":  # transformers sets what was in the model's state dict
+            super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As `nn.LayerNorm`; with a mark or without, but not with one of another `p`."""
+        mark = state_dict.pop(prefix + "hf_rmsnorm_p", None)
+        found = float(mark) if isinstance(mark, Tensor) and not mark.is_meta else self.p
+        if not math.isclose(found, self.p, rel_tol=1e-2):
+            errors: list[str] = args[-1]
+            errors.append(
+                f"{prefix}weight was trained with p {found:g}, and this norm has p {self.p:g}: "
+                "patch the model as the one that was saved"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.channels_first:

@@ -166,22 +166,27 @@ def patch_model(
             measured = verify_plan(
                 planned.subject, planned.subject_plan, planned.inputs, apply_plan
             )
-        if measured is not None and planned.twin is not None:
-            measured = verify_in_place(
-                target,
-                plan,
-                planned.inputs,
-                measured,
-                apply_plan,
-                unpatch_model,
-                planned.twin.depth,
-            )
-            target.__dict__[_RECORD].measured = measured
-        else:
-            apply_plan(target, plan, measured)
+        try:
+            if measured is not None and planned.twin is not None:
+                measured = verify_in_place(
+                    target,
+                    plan,
+                    planned.inputs,
+                    measured,
+                    apply_plan,
+                    unpatch_model,
+                    planned.twin.depth,
+                )
+                target.__dict__[_RECORD].measured = measured
+            else:
+                apply_plan(target, plan, measured)
+            _warn(plan, measured)
+        except BaseException:  # such as a warning that is made an error
+            if _RECORD in target.__dict__:
+                _undo([(target, target.__dict__[_RECORD])])
+            raise
         if not keep_originals:
             target.__dict__[_RECORD].changes.forget()
-    _warn(plan, measured)
     return model
 
 

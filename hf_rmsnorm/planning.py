@@ -126,8 +126,9 @@ def make_plan(
         name: judge(name, model.get_submodule(name), reading, share, name in chosen, strategy)
         for name, reading in found.items()
     }
-    plan = PatchPlan(norm, share, strategy, tuple(sites.values()), hold=held)  # type: ignore[arg-type]
-    targets = layernorms(sites.values())
+    judged = tuple(sites.values())
+    plan = PatchPlan(norm, share, strategy, judged, hold=held)  # type: ignore[arg-type]
+    targets = layernorms(judged)
     kwargs = [] if inputs is None else resolve_inputs(model, inputs)
     planned = Planned(plan, kwargs, model, plan)
     if targets and strategy != "direct":

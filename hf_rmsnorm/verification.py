@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from .errors import VerificationError
 from .plan import PatchPlan
@@ -203,13 +205,15 @@ def _site_outputs(
     model: nn.Module, sites: Sequence[str], inputs: Inputs
 ) -> list[tuple[str, Tensor]]:
     seen: list[tuple[str, Tensor]] = []
-    hooks = [
-        model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: seen.append((name, output.detach().clone()))
-        )
-        for name in sites
-    ]
+    hooks: list[RemovableHandle] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor, name: str) -> None:
+        seen.append((name, output.detach().clone()))
+
     try:
+        for name in sites:
+            noting = functools.partial(note, name=name)
+            hooks.append(model.get_submodule(name).register_forward_hook(noting))
         run_outputs(model, inputs)
     finally:
         for hook in hooks:

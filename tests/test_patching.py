@@ -206,7 +206,12 @@ def test_unpatching_is_bitwise(name: str, norm: str) -> None:
     patch_model(model, norm, strategy="direct")
     assert dict(model.named_parameters()).keys() == parameters.keys()
     assert all(p is parameters[n] for n, p in model.named_parameters())
-    assert model.state_dict().keys() == state.keys()
+    marks = {name for name in model.state_dict() if name.endswith(".hf_rmsnorm_p")}
+    assert model.state_dict().keys() == state.keys() | marks
+    changed = name in MODELS or norm == "prmsnorm"  # else they compute what their class does
+    norms = [n for n, m in model.named_modules() if type(m) in (RMSNorm, PartialRMSNorm)]
+    affine = {f"{n}.hf_rmsnorm_p" for n in norms if list(model.get_submodule(n).parameters())}
+    assert marks == (affine if changed else set())
 
     assert unpatch_model(model) is model
     assert_same_model(model, classes, state)
@@ -219,7 +224,7 @@ def test_unpatching_keeps_trained_norm_weights() -> None:
     model = patch_model(MODELS["gpt2"](), strategy="direct")
     with torch.no_grad():
         model.transformer.ln_f.weight.mul_(3)
-    trained = tensors(model)
+    trained = {n: t for n, t in tensors(model).items() if not n.endswith(".hf_rmsnorm_p")}
     unpatch_model(model)
     assert_same_model(model, classes_of(MODELS["gpt2"]()), trained)
 
@@ -449,11 +454,28 @@ def test_other_weights_are_loaded() -> None:
     direct.load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize("norm", ["rmsnorm", "prmsnorm"])
+def test_a_state_dict_says_that_it_is_of_rmsnorms(norm: str, tmp_path: Path) -> None:
+    plain = MODELS["gpt2"]()
+    model = patch_model(copy.deepcopy(plain), norm, strategy="direct")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt")
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*ln_1\.hf_rmsnorm_p"):
+        plain.load_state_dict(state)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.load_state_dict({name: t.to(dtype) for name, t in state.items()})
+    model.load_state_dict(plain.state_dict())  # as of before there were marks
+    other = patch_model(copy.deepcopy(plain), "prmsnorm", p=0.5, strategy="direct")
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"ln_2\.weight was trained with p .* has p 0\.5"):
+            other.load_state_dict(state, strict=strict)
+
+
 def test_weights_that_the_patch_only_rounded_are_loaded() -> None:
     """As of a checkpoint that was saved exactly patched and then loaded as the stock class."""
     folded = patch_model(MODELS["gpt2"]())
     plain = MODELS["gpt2"]()
-    plain.load_state_dict(folded.state_dict())
+    plain.load_state_dict(folded.state_dict(), strict=False)
     with torch.no_grad():  # a bias that the patch leaves alone, too
         plain.transformer.h[0].mlp.c_proj.bias.zero_()
     model = patch_model(copy.deepcopy(plain))

@@ -25,6 +25,7 @@ from .card_results import METRICS, TASK, eval_results, texts
 from .configs import MODEL_TYPE
 from .folders import read_json
 from .moving import write_file
+from .per_layer import layers, of_layer
 from .records import RECORD
 from .runs import Run, read_run
 from .valid import valid_record
@@ -214,15 +215,18 @@ def _facts_of_run(run: Run) -> dict[str, Any]:
 
 def _rows(sites: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Rows of the plan, safe inside a Markdown table; equal ones of numbered layers are one."""
-    rows = [
-        {
-            "name": layer_pattern(str(site["name"])) or "(the model itself)",
-            **{key: str(site[key]) for key in ("class_name", "verdict", "reason")},
-        }
-        for site in sites
-    ]
-    unique = dict.fromkeys(tuple(row.items()) for row in rows)
-    return [{key: _in_a_cell(text, key) for key, text in row} for row in unique]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for site in sites:
+        for layer in range(many := layers(site)):
+            name = str(site["name"]) or "(the model itself)"
+            if many > 1 and name.count("*") == 1:
+                name = name.replace("*", str(layer))
+            reason = str(of_layer(site, layer)["reason"])
+            key = (layer_pattern(name), str(site["class_name"]), str(site["verdict"]), reason)
+            groups.setdefault(key, []).append(name)
+    keys = ("name", "class_name", "verdict", "reason")
+    rows = [(k[0] if len(names) > 1 else names[0], *k[1:]) for k, names in groups.items()]
+    return [{k: _in_a_cell(v, k) for k, v in zip(keys, r, strict=True)} for r in rows]
 
 
 def _in_a_cell(text: str, key: str) -> str:

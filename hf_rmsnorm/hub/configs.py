@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -145,7 +144,9 @@ class RMSNormAutoConfig(PreTrainedConfig):
         base_type = str(config_dict.get("base_model_type"))
         if path is not None:
             check_record(config_dict.get(RECORD), where)
-            model = library_class(path, transformers.PreTrainedModel, where)
+            from transformers import PreTrainedModel  # not there yet when this file is imported
+
+            model = library_class(path, PreTrainedModel, where)
             base = library_class(base_path, PreTrainedConfig, where)
             _placed[model.__name__] = model, base
             return config_class(base, path).from_dict(config_dict, **kwargs)

@@ -70,7 +70,7 @@ class Evidence:
         groups: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # few comparisons of many tensors
         for name, sample in self.samples.items():
             tensor = found.get(name)
-            if tensor is None or not _is_plain(tensor) or tensor.shape != parameters[name].shape:
+            if tensor is None or not is_plain(tensor) or tensor.shape != parameters[name].shape:
                 return None
             pair = sample, _entries(tensor)
             groups.setdefault((tensor.dtype, tensor.device), []).append(pair)
@@ -81,7 +81,7 @@ class Evidence:
         return frozenset(dtype for dtype, _ in groups)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor.data) is Tensor
     return plain and tensor.is_floating_point() and not tensor.is_meta
 
@@ -112,7 +112,7 @@ def off_centre(model: nn.Module, folds: Iterable[Fold], columns: int | None = No
     groups: dict[Any, list[tuple[Fold, Tensor]]] = {}  # few operations for many tensors
     for fold in folds:
         tensor = get_tensor(model, fold.parameter)
-        if not _is_plain(tensor) or tensor.shape[fold.axis] % (fold.size * fold.inner):
+        if not is_plain(tensor) or tensor.shape[fold.axis] % (fold.size * fold.inner):
             found.append(fold.parameter)
             continue
         kind = (tensor.shape, tensor.dtype, tensor.device)

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..changes import get_tensor
 from ..checking import check_fits
 from ..errors import PatchError
 from ..patching import apply_plan
@@ -23,7 +24,7 @@ from ..probing import Fold
 from . import saving
 from .autos import heads, remote_auto_class
 from .configs import MODEL_TYPE, PLACE, config_class, library_class, stock_class
-from .exactness import Evidence, off_centre
+from .exactness import Evidence, is_plain, off_centre
 from .folders import check_exists, check_folder, check_object
 from .parts import SAVED
 from .records import RECORD, config_file, folds_of, from_record, gains
@@ -78,6 +79,10 @@ def model_class(base: Any, own: Any = None) -> Any:
                 lambda cls: base._can_set_experts_implementation()
             ),
             "_auto_class": None,
+            "_keys_to_ignore_on_load_unexpected": [
+                *(base._keys_to_ignore_on_load_unexpected or ()),
+                r"(^|\.)hf_rmsnorm_p$",
+            ],
             "config_class": config_class(own),
             "from_pretrained": classmethod(from_pretrained),
             "save_pretrained": save_pretrained,
@@ -182,6 +187,7 @@ def _class_of(config: dict[str, Any], where: str) -> tuple[Any, Any]:
 def _patch_again(model: Any, record: dict[str, Any], where: str) -> None:
     """The patch of a stock checkpoint, whose weights are folded already."""
     plan, folds = from_record(model, record, where), folds_of(model, record, where)
+    _require_readable(model, folds, where)
     check_fits(replace(plan, folds=folds), model, f"the patch record in {where}")
     if changed := _changed_since(model, plan, folds, record["gains"]):
         raise PatchError(
@@ -193,6 +199,22 @@ def _patch_again(model: Any, record: dict[str, Any], where: str) -> None:
     saved = model.__dict__[SAVED]
     if saved.evidence is not None:
         saved.evidence = Evidence(model, folds)
+
+
+def _require_readable(model: Any, folds: tuple[Fold, ...], where: str) -> None:
+    """`PatchError` for weights that cannot be looked at, quantised ones say: rounding them coarsely
+    takes away that they are centred, which LayerNorm does not mind."""
+    for fold in folds:
+        with _in_memory(model.get_submodule(fold.parameter.rpartition(".")[0])):
+            tensor = get_tensor(model, fold.parameter)
+            if is_plain(tensor):
+                continue
+        raise PatchError(
+            f"{where} says that {fold.parameter} was folded for RMSNorm, but here it is quantised "
+            f"or sharded ({type(tensor).__name__}, {tensor.dtype}), so that it need not be centred "
+            "any more: load the checkpoint with transformers' AutoModel classes, as the LayerNorm "
+            "model that it equals, or without quantization_config"
+        )
 
 
 def _changed_since(model: Any, plan: PatchPlan, folds: tuple[Fold, ...], expected: float) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from .. import applying, changes, errors, functional, modules, plan
 from ..ops import reference
 from ..probing import facts, postnorm
-from . import configs, records
+from . import configs, per_layer, records
 
 MODULE = "modeling_hf_rmsnorm"
 FILE = f"{MODULE}.py"
@@ -31,6 +31,7 @@ _SOURCES = {
         facts,
         functional,
         modules,
+        per_layer,
         plan,
         postnorm,
         records,

@@ -41,7 +41,7 @@ def staging(target: Path) -> Iterator[Path]:
             yield staged
     finally:
         if not (beside / JOURNAL).exists():  # else it holds files that were not moved back
-            shutil.rmtree(beside, ignore_errors=True)
+            _remove(beside)
 
 
 def move(staged: Path, target: Path, old: list[str], new: list[str]) -> None:
@@ -127,21 +127,32 @@ def _take_over(beside: Path, target: Path, wait: float) -> None:
     own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
     if beside.is_symlink() or not beside.is_dir() or not own:
         return
-    if not (beside / LOCK).exists():  # made a moment ago, or killed then
-        if time.time() - status.st_mtime > 60:
-            beside.rmdir()
+    if not (beside / LOCK).exists():  # made a moment ago, or half removed
+        if any(beside.iterdir()) or time.time() - status.st_mtime > 60:
+            _remove(beside)
         return
     is_moving = (beside / JOURNAL).exists()
     try:
         with FileLock(beside / LOCK, timeout=wait if is_moving else 0):
             if (beside / JOURNAL).exists():
                 _finish(beside, target)
-            shutil.rmtree(beside, ignore_errors=True)
+        _remove(beside)
     except Timeout:
         if is_moving and wait:
             raise PatchError(
                 f"another process is moving a checkpoint into {target}: wait for it ({beside})"
             ) from None
+
+
+def _remove(beside: Path) -> None:
+    """The lock last: what has none is empty, or can go."""
+    with suppress(OSError):
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == LOCK):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        beside.rmdir()
 
 
 def _finish(beside: Path, target: Path) -> None:

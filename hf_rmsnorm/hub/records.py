@@ -19,6 +19,7 @@ from ..errors import PatchError
 from ..plan import FORMAT_VERSION, PatchPlan, Site, layer_pattern, spec_from_dict
 from ..probing import Center, Fold
 from ..probing.facts import Widen
+from .per_layer import of_layer, together
 
 RECORD = "hf_rmsnorm"  # the config's attribute
 
@@ -86,10 +87,14 @@ def to_record(model: Any, plan: PatchPlan) -> dict[str, Any]:
     modules = Counter(layer_pattern(name) for name, _ in model.named_modules())
     sites: list[dict[str, Any]] = []
     for pattern, group in groups.items():
-        agree = len({(s.verdict, s.spec, s.autocast_output) for s in group}) == 1
-        agree = agree and len(group) == modules[pattern]
-        for name, site in [(pattern, group[0])] if agree else [(s.name, s) for s in group]:
-            sites.append({**asdict(site), **_relative(model, name)})
+        alike = {replace(s, name="", reason="", leftover=None) for s in group}
+        if len(alike) == 1 and len(group) == modules[pattern]:
+            row = {**asdict(group[0]), "reason": together([s.reason for s in group])}
+            if len({s.leftover for s in group}) > 1:
+                row["leftover"] = [x and float(f"{x:.3g}") for x in (s.leftover for s in group)]
+            sites.append({**row, **_relative(model, pattern)})
+        else:
+            sites += ({**asdict(s), **_relative(model, s.name)} for s in group)
     centers = [{**asdict(c), "serves": (), **_relative(model, c.module)} for c in plan.centers]
     for center in centers:
         del center["module"]
@@ -187,8 +192,9 @@ def _plan_of(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
     names = _resolver(model, modules, where)
     sites = []
     for row in record["sites"]:
-        for name in names(row):
-            site = Site(name=name, spec=spec_from_dict(row["spec"]), **_rest(row, "spec"))
+        rest = _rest(row, "spec", "reason", "leftover")
+        for layer, name in enumerate(names(row)):
+            site = Site(name=name, spec=spec_from_dict(row["spec"]), **rest, **of_layer(row, layer))
             if site.verdict != "kept" and not _fits(site, modules[name]):
                 raise PatchError(
                     f"the patch record in {where} has {name} as {site.class_name} over "
@@ -196,6 +202,8 @@ def _plan_of(model: Any, record: dict[str, Any], where: str) -> PatchPlan:
                     f"{modules[name]} there: record and model do not belong together"
                 )
             sites.append(site)
+    order = {name: i for i, name in enumerate(modules)}
+    sites.sort(key=lambda site: order[site.name])
     centers = tuple(
         Center(module=name, **_rest(row)) for row in record["centers"] for name in names(row)
     )
@@ -233,13 +241,14 @@ def folds_of(model: Any, record: dict[str, Any], where: str) -> tuple[Fold, ...]
     names = _resolver(model, _tensors(model), where)
 
     def blocks(row: dict[str, Any]) -> tuple[tuple[int, int], ...] | None:
-        return None if row["blocks"] is None else tuple((i, j) for i, j in row["blocks"])
+        return None if row.get("blocks") is None else tuple((i, j) for i, j in row["blocks"])
 
-    return tuple(
-        Fold(parameter=name, blocks=blocks(row), **_rest(row, "blocks"))
-        for row in record["folds"]
-        for name in names(row)
-    )
+    with reading(where):
+        return tuple(
+            Fold(parameter=name, blocks=blocks(row), **_rest(row, "blocks"))
+            for row in record["folds"]
+            for name in names(row)
+        )
 
 
 def _rest(row: dict[str, Any], *left_out: str) -> dict[str, Any]:

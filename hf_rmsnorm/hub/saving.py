@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import hf_api
 
@@ -68,7 +69,10 @@ def save_patched(
         upload = _prepare_upload(target, kwargs) if push_to_hub else None
         with staging(target) as staged:
             _write_code(model, staged)
-            native(model, staged, True, state_dict, **kwargs)
+            try:
+                native(model, staged, True, state_dict, **kwargs)
+            except SafetensorError as error:
+                raise OSError(f"{target} cannot be written: {error}") from error
             _write_card(staged, target, model, upload)
             before = model._get_files_timestamps(target) if target.exists() else {}
             move_into(staged, target, kwargs.get("variant"))
@@ -112,13 +116,24 @@ def _saving_config(
             config.auto_map = {k: f"{modeling.MODULE}.{name}" for k, name in names.items()}
         else:
             config.auto_map = auto_map(native, base.__name__)
+    ignored = model._keys_to_ignore_on_save
     try:
         model.config = config
+        if stock is not None:  # LayerNorm may have it
+            model._keys_to_ignore_on_save = {*(ignored or ()), *_marks(model)}
         if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
             model.__class__ = base
         yield
     finally:
         model.config, model.__class__ = old, cls
+        model._keys_to_ignore_on_save = ignored
+
+
+def _marks(model: Any) -> Iterator[str]:
+    """What the patched norms add to the state dict."""
+    for name, module in model.named_modules():
+        if getattr(module, "marks_state", False):
+            yield f"{name}.hf_rmsnorm_p".removeprefix(".")
 
 
 def _write_code(model: Any, folder: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import MinLen
 
 from ..errors import PatchError
 from ..fields import Finite, read_fields
 from ..plan import PatchPlan, check_plan
 from ..probing import Fold
+from .per_layer import of_layer
 from .records import RECORD, _rest, check_record
 
 
@@ -25,13 +29,30 @@ def valid_record(record: object, where: str = "the config") -> dict[str, Any]:
         return [{name: _whole(row), **missing, **_rest(row)} for row in found[key]]
 
     plan = {key: found[key] for key in ("version", "norm", "p", "strategy")}
-    plan["sites"], plan["centers"] = rows("sites", "name"), rows("centers", "module")
+    plan["sites"], plan["centers"] = _sites(rows("sites", "name"), what), rows("centers", "module")
     plan["widens"] = rows("widens", "up", norm="")
     check_plan(read_fields(PatchPlan, plan, what), what)
     if "folds" in found:
         read_fields(tuple[Fold, ...], rows("folds", "parameter"), what)
         read_fields(tuple[Finite], [found.get("gains")], what)
     return found
+
+
+@dataclass(frozen=True)
+class _OfLayers:
+    """What `per_layer` puts together."""
+
+    reason: str | tuple[str | Annotated[tuple[str, ...], MinLen(1)], ...]
+    leftover: float | Annotated[tuple[float | None, ...], MinLen(1)] | None = None
+
+
+def _sites(rows: object, what: str) -> object:
+    """Each with the reason and leftover of its first layer."""
+    if not isinstance(rows, list):
+        return rows
+    own = [{k: row[k] for k in ("reason", "leftover") if k in row} for row in rows]
+    read_fields(tuple[_OfLayers, ...], own, f"{what}, in its sites,")
+    return [{**row, **of_layer(row, 0)} for row in rows]
 
 
 def _whole(row: dict[str, Any]) -> Any:

@@ -69,8 +69,8 @@ def probe(
     if not targets:
         return ProbeResult({}, kept, {})
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it would not call the norms' forward
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it would not call the norms' forward
         bench = make_bench(model, targets, inputs, more, hold)  # type: ignore[arg-type]
         result = _probe(bench)
     except NotDifferentiable as error:

@@ -77,11 +77,11 @@ def seeded(device: torch.device) -> Iterator[None]:
     numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
     states = random.getstate(), numpy and numpy.get_state()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        random.seed(0)
-        if numpy:
-            numpy.seed(0)
         try:
+            torch.manual_seed(0)
+            random.seed(0)
+            if numpy:
+                numpy.seed(0)
             yield
         finally:
             random.setstate(states[0])

@@ -52,8 +52,8 @@ def improve(
         widen: one more unit per feed-forward block, where that makes the norm after it exact.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it would not call the norms' forward
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it would not call the norms' forward
         called = {n: norms[n] for n in norms if n in result.leftover}
         bench = make_bench(model, called, list(inputs), hold=hold)
         bench.rewrite(lambda leaves: absorbed(leaves, result.layerscales))

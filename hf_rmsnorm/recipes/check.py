@@ -272,8 +272,8 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 def _cuda_autocast() -> Iterator[None]:
     """On the CPU, what CUDA autocast does to the operations that norms are written in."""
     before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", True)
     try:
+        torch.set_autocast_enabled("cuda", True)
         with torch.autocast("cpu", torch.bfloat16), _Float32Operations():
             yield
     finally:

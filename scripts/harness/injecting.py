@@ -56,17 +56,18 @@ class Lines:
         return self._line
 
 
-def lines_of(action: Callable[[], object]) -> int:
+def lines_of(action: Callable[..., object], *arguments: Any) -> int:
     """How many lines of the package `action` runs, from the second time on."""
-    action()
+    action(*arguments)
     with Lines() as lines:
-        action()
+        action(*arguments)
     return lines.count
 
 
 def state(model: nn.Module) -> dict[str, Any]:
     """All of a model that a patch changes, and what is global: equal if and only if untouched."""
-    found: dict[str, Any] = {"fast path": torch.backends.mha.get_fastpath_enabled()}
+    settings = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()
+    found: dict[str, Any] = {"settings": (*settings, torch.is_autocast_enabled("cuda"))}
     for name, module in model.named_modules():
         own = {k: v for k, v in vars(module).items() if isinstance(v, (str, int, float, tuple))}
         hooks = [list(getattr(module, table).values()) for table in _TABLES]

@@ -231,6 +231,16 @@ def test_transformers_own_adapters_are_marked_too(tmp_path: Path) -> None:
         gpt2().load_adapter(str(tmp_path))
 
 
+@pytest.mark.parametrize("load", [by_peft, by_transformers])
+@pytest.mark.parametrize("part", ["ln_f", "h.1"])
+def test_norms_that_are_part_of_an_adapter(load: Callable, part: str, tmp_path: Path) -> None:
+    model = get_peft_model(patch_model(gpt2()), lora(modules_to_save=[part]))
+    train(model, 1e-2)
+    model.save_pretrained(tmp_path)
+    again = load(patch_model(gpt2()), tmp_path).eval()
+    assert torch.equal(forward(again), forward(model))
+
+
 def test_an_adapter_that_was_there_when_the_model_was_patched(tmp_path: Path) -> None:
     model = get_peft_model(gpt2(), lora())
     train(model, 1e-2)

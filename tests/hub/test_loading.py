@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import TOKENS, config_of, forward, gpt2, train
+from tiny_models import TOKENS, config_of, forward, gpt2, run_python, train
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_rmsnorm
 from hf_rmsnorm import PartialRMSNorm, PatchError, RMSNorm, patch_model
@@ -209,6 +213,29 @@ def test_trained_from_a_checkpoint(
     torch.testing.assert_close(forward(resumed.model.eval()), forward(model))
 
 
+@pytest.mark.parametrize("strategy", ["auto", "direct"])
+def test_resumed_on_a_model_that_was_not_patched(
+    strategy: str, tmp_path: Path, caplog: Any, accelerator: Any
+) -> None:
+    model = patch_model(gpt2(), strategy=strategy)
+    transformers.Trainer(model, arguments(tmp_path), train_dataset=rows()).train()
+    plain = transformers.Trainer(gpt2(), arguments(tmp_path), train_dataset=rows())
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "unexpected keys in the checkpoint" in caplog.text and "hf_rmsnorm_p" in caplog.text
+
+    accelerator.prepare(model)
+    accelerator.save_state(str(tmp_path / "state"))
+    accelerator.load_state(str(tmp_path / "state"))
+    accelerator._models.clear()
+    accelerator.prepare(gpt2())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*hf_rmsnorm_p"):
+        accelerator.load_state(str(tmp_path / "state"))
+
+
 @pytest.fixture
 def accelerator() -> Iterator[Any]:
     from accelerate import Accelerator
@@ -256,3 +283,41 @@ def test_saved_by_accelerate(
             assert_patched(again, format)
             assert torch.equal(forward(again), expected)
         (tmp_path / "weights" / "config.json").unlink()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("first", ["transformers", "transformers.modeling_utils", "hf_rmsnorm"])
+def test_the_order_of_imports_does_not_matter(first: str) -> None:
+    code = f"import {first}; import hf_rmsnorm; from hf_rmsnorm import from_pretrained"
+    done = run_python(code, package=True)
+    assert not done.returncode, done.stderr
+
+
+@register_quantization_config("rounded")
+class Rounded(QuantizationConfigMixin):
+    def __init__(self) -> None:
+        self.quant_method = "rounded"  # type: ignore[assignment]
+
+
+@register_quantizer("rounded")
+class Rounding(HfQuantizer):
+    """Makes the weights of projections int8."""
+
+    requires_calibration = False
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, transformers.pytorch_utils.Conv1D):
+                module.weight = nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+        return model
+
+
+def test_quantised_on_loading(checkpoints: Any) -> None:
+    config = {"quantization_config": Rounded()}
+    with pytest.raises(PatchError, match=r"c_proj\.weight was folded .* quantised .*int8"):
+        hf_rmsnorm.from_pretrained(checkpoints["stock"][0], **config)
+    assert_patched(hf_rmsnorm.from_pretrained(checkpoints["own"][0], **config), "own")
