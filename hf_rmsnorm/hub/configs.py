@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import PatchError
@@ -143,6 +143,8 @@ class RMSNormAutoConfig(PreTrainedConfig):
         path, base_path = (config_dict.get(key) for key in PLACE)
         base_type = str(config_dict.get("base_model_type"))
         if path is not None:
+            from transformers import PreTrainedModel  # which may import this module
+
             check_record(config_dict.get(RECORD), where)
             model = library_class(path, PreTrainedModel, where)
             base = library_class(base_path, PreTrainedConfig, where)
