@@ -146,7 +146,6 @@ class RMSNormAutoConfig(PreTrainedConfig):
             from transformers import PreTrainedModel  # which may import this module
 
             check_record(config_dict.get(RECORD), where)
-            from transformers import PreTrainedModel  # not there yet when this file is imported
 
             model = library_class(path, PreTrainedModel, where)
             base = library_class(base_path, PreTrainedConfig, where)
