@@ -50,6 +50,7 @@ class Changes:
     moved: dict[str, float] = field(default_factory=dict)  # how far from the originals, relatively
     replaced: dict[str, nn.Parameter] = field(default_factory=dict)  # until the patch is done
     guards: list[Callable[..., Any]] = field(default_factory=list)
+    forgotten: bool = False  # the originals, to have their memory
 
     def open(self, model: nn.Module, name: str) -> tuple[nn.Module, ModuleChange]:
         """The module called `name`, and a new entry to note its changes in."""
@@ -104,6 +105,11 @@ class Changes:
         """The patch is done: what was kept in case that it fails can go."""
         self.replaced.clear()
 
+    def forget(self) -> None:
+        """Let the originals go: nothing can be undone from here on."""
+        self.forgotten = bool(self.tensors)
+        self.tensors.clear()
+
     def touched_since(self, model: nn.Module) -> list[str]:
         """Names of overwritten tensors that hold neither what was written nor, as where an undo was
         interrupted, their original."""
@@ -137,6 +143,7 @@ class Changes:
                     module.__dict__.pop(name, None)
                 else:
                     module.__dict__[name] = value
+            _call_own_forward(module, change)
             for name in change.parameters:
                 module._parameters.pop(name, None)
             for name, (axis, length) in change.grown.items():
@@ -165,6 +172,16 @@ def _remove_hooks(module: nn.Module, noted: Iterable[Callable[..., Any]]) -> Non
         for key in [key for key, hook in hooks.items() if id(getattr(hook, "hook", hook)) in ours]:
             for table in (hooks, getattr(module, f"{kind}_with_kwargs", {})):
                 table.pop(key, None)
+
+
+def _call_own_forward(module: nn.Module, change: ModuleChange) -> None:
+    """Hooks of accelerate that came after the patch call the `forward` that they found there."""
+    for name in ("forward", "_old_forward"):
+        kept = module.__dict__.get(name)
+        new: Any = change.new_class
+        if new is not None and getattr(kept, "__func__", None) is new.forward:
+            original: Any = change.original_class
+            module.__dict__[name] = MethodType(original.forward, module)
 
 
 def _cut(original: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import nn
@@ -57,30 +58,35 @@ def _faults(plan: PatchPlan, modules: dict[str, nn.Module], model: nn.Module) ->
         yield from fold_faults(fold, shape(fold.parameter))
         yield from (f"it has no tensor {name!r}" for name in fold.aliases if shape(name) is None)
     for scale in plan.layerscales:
-        length = shape(scale.parameter)
-        if length is None or len(length) != 1:
+        length = _length(shape(scale.parameter))
+        if length is None:
             yield f"{scale.parameter} is no vector there"
         for writer, axis in scale.writers:
-            yield from _axis_faults(writer, shape(writer), axis, length[0] if length else None)
+            yield from _axis_faults(writer, shape(writer), axis, length)
     for absorb in plan.absorbs:
         if shape(absorb.bias) is None:
             yield f"it has no tensor {absorb.bias!r}"
         for weight_name, axis, bias in absorb.readers:
-            length = shape(bias)
-            if length is None or len(length) != 1:
+            length = _length(shape(bias))
+            if length is None:
                 yield f"{bias} is no vector there"
-            entries = length[0] if length else None
-            yield from _axis_faults(weight_name, shape(weight_name), axis, entries)
+            yield from _axis_faults(weight_name, shape(weight_name), axis, length)
     for widen in plan.widens:
-        hidden = shape(f"{widen.up}.bias")
-        if hidden is None or len(hidden) != 1:
+        hidden = _length(shape(f"{widen.up}.bias"))
+        if hidden is None:
             yield f"{widen.up}.bias is no vector there"
         for side, axis in ((widen.up, widen.up_axis), (widen.down, widen.down_axis)):
             name = f"{side}.weight"
-            yield from _axis_faults(name, shape(name), axis, hidden[0] if hidden else None)
+            yield from _axis_faults(name, shape(name), axis, hidden)
         for needed in (f"{widen.down}.bias", *(f"{widen.norm}.{n}" for n in ("weight", "bias"))):
             if shape(needed) is None and (widen.norm or needed == f"{widen.down}.bias"):
                 yield f"it has no tensor {needed!r}"
+
+
+def _length(shape: Shape | None) -> int | None:
+    """Of a vector, which may have further axes of one."""
+    size = math.prod(shape) if shape else 0
+    return size if shape and size == max(shape) else None
 
 
 def fold_faults(fold: Fold, shape: Shape | None) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
@@ -227,15 +228,20 @@ def pattern_list(names: Iterable[str]) -> list[str]:
 
 
 def site_table(sites: Iterable[Site]) -> str:
-    """The sites as a text table, equal rows of numbered layers folded into one."""
-    rows: dict[tuple[str, ...], list[str]] = {}
+    """The sites as a text table: one row for numbered layers that differ in numbers alone."""
+    rows: dict[tuple[str, ...], list[Site]] = {}
     for site in sites:
-        key = (layer_pattern(site.name), site.class_name, site.verdict, site.reason)
-        rows.setdefault(key, []).append(site.name or "(the model itself)")
+        shape = " ".join(map(layer_pattern, _NUMBER.sub("\0", site.reason).split(" ")))
+        key = (layer_pattern(site.name), site.class_name, site.verdict, shape)
+        rows.setdefault(key, []).append(site)
     table = [("site", "count", "class", "verdict", "reason")]
-    for (pattern, *rest), names in rows.items():
-        name = pattern if len(names) > 1 else names[0]
-        table.append((name, str(len(names)), rest[0], rest[1], rest[2]))
+    for (pattern, class_name, verdict, shape), alike in rows.items():
+        first = alike[0]
+        name, reason = first.name or "(the model itself)", first.reason
+        if len(alike) > 1:
+            numbers = zip(*(_NUMBER.findall(site.reason) for site in alike), strict=True)
+            name, reason = pattern, _filled(shape, map(_range, numbers))
+        table.append((name, str(len(alike)), class_name, verdict, reason))
     widths = [max(len(row[i]) for row in table) for i in range(4)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
@@ -244,3 +250,16 @@ def site_table(sites: Iterable[Site]) -> str:
         for row in table
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+_NUMBER = re.compile(r"(?<=up to )[0-9.]+(?:e[-+]?[0-9]+)?")
+
+
+def _filled(shape: str, parts: Iterable[str]) -> str:
+    rest = iter(parts)
+    return re.sub("\0", lambda _: next(rest), shape)
+
+
+def _range(numbers: Iterable[str]) -> str:
+    found = sorted(numbers, key=float)
+    return found[0] if found[0] == found[-1] else f"{found[-1]} (from {found[0]})"

@@ -125,6 +125,70 @@ def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> M
     return Measurement(error, name, own_error, rounding, change)
 
 
+def verify_in_place(
+    model: nn.Module,
+    plan: PatchPlan,
+    inputs: Inputs,
+    twin: Measurement,
+    apply: Apply,
+    undo: Callable[[nn.Module], object],
+    depth: float,
+) -> Measurement:
+    """Apply `plan` to `model` itself, holding its outputs in its own dtype against those before.
+
+    For models of which a thin twin was probed and verified in float64: this sees every layer, with
+    its real weights, and makes no copy.
+
+    Args:
+        twin: what `verify` measured.
+        undo: takes back what `apply` did.
+        depth: how many times as many layers the model has; rounding grows no faster.
+
+    Raises:
+        VerificationError: the exact part moves the outputs by more than rounding; undone.
+    """
+    dtype, _ = model_place(model)
+    exact = exact_part(plan)
+    before = outputs_as_it_is(model, inputs, plan.hold)
+    apply(model, exact)
+    try:
+        change = own_error = relative_change(before, outputs_as_it_is(model, inputs, plan.hold))
+        # both sides are rounded, differently
+        allowed = 2 * depth * (ROUNDING_FACTOR * twin.rounding + 10 * torch.finfo(dtype).eps)
+        if not own_error <= allowed:
+            raise VerificationError(
+                f"the exact part of the patch moves the outputs by {own_error:.1e} in {dtype} "
+                f"(allowed: {allowed:.1e}), though not those of a thin twin ({plan.twin}). The "
+                'model is unchanged. Use twin="never", which probes every layer, and please '
+                "report this model"
+            )
+    except BaseException:
+        undo(model)
+        raise
+    if exact != plan:
+        undo(model)
+        apply(model, plan)
+        try:
+            change = relative_change(before, outputs_as_it_is(model, inputs, plan.hold))
+        except BaseException:
+            undo(model)
+            raise
+    return replace(twin, exact_part_own=own_error, change=change)
+
+
+def outputs_as_it_is(model: nn.Module, inputs: Inputs, hold: Sequence[str]) -> list[Tensor]:
+    """`run_outputs` of the model itself, in eval mode for as long, and not compiled."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.compiler.set_stance("force_eager"):
+            return run_outputs(model, inputs, hold)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _first_difference(
     original: nn.Module, patched: nn.Module, plan: PatchPlan, inputs: Inputs, tolerance: float
 ) -> str:

@@ -423,7 +423,7 @@ def test_a_twins_plan_carries_over_absorbs_and_units() -> None:
         by_shards.update(fold_shard({name: whole[name] for name in part}, fitted, whole.get))
     apply_plan(model, fitted)
     expected = model.state_dict()
-    assert all(torch.equal(by_shards[name], expected[name]) for name in expected)
+    assert all(torch.equal(by_shards[name], expected[name]) for name in by_shards)
     weight = fitted.widens[0].up + ".weight"
     with pytest.raises(PatchError, match="is needed to fold"):
         fold_shard({weight: whole[weight]}, fitted)

@@ -39,10 +39,11 @@ def patch_mark(model: nn.Module) -> dict[str, Any] | None:
         return None
     rows: set[tuple[Any, ...]] = set()
     for path, plan in parts:
-        how = (plan.norm, plan.p, plan.strategy)
         for site in plan.sites:
+            how = plan.strategy if site.verdict == "approximate" else ""  # exact is exact
             if site.verdict != "kept":
-                rows.add((_plain(f"{path}.{site.name}"), site.verdict, *how))
+                name = _plain(f"{path}.{site.name}")
+                rows.add((name, site.verdict, plan.norm, plan.p, how))
         for center in plan.centers:
             rows.add((_plain(f"{path}.{center.module}"), center.side, str(center.key), center.axis))
         rows |= {(_plain(f"{path}.{widen.up}"),) for widen in plan.widens}
@@ -69,7 +70,7 @@ def mark_adapters(model: Any, names: Any = None) -> dict[str, Any] | None:
 def check_adapter(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
     """`PatchError` if the adapter with this config was trained on another patch of `model`."""
     wanted, found = (config.get("auto_mapping") or {}).get(RECORD), patch_mark(model)
-    if wanted == found:
+    if wanted == found or (isinstance(wanted, dict) and _same(wanted, found)):
         return
     kind = type(model).__name__
     if wanted is None:
@@ -85,6 +86,10 @@ def check_adapter(model: nn.Module, config: Mapping[str, Any], where: str) -> No
         f"({_words(wanted)}), but this {kind} {this}: load its base with "
         "hf_rmsnorm.from_pretrained, or patch it in the same way, and the adapter after that"
     )
+
+
+def _same(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    return other is not None and one.get("digest") == other["digest"]
 
 
 def _words(mark: object) -> str:

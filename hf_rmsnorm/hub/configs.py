@@ -143,8 +143,9 @@ class RMSNormAutoConfig(PreTrainedConfig):
         path, base_path = (config_dict.get(key) for key in PLACE)
         base_type = str(config_dict.get("base_model_type"))
         if path is not None:
+            from transformers import PreTrainedModel  # which may import this module
+
             check_record(config_dict.get(RECORD), where)
-            from transformers import PreTrainedModel  # not there yet when this file is imported
 
             model = library_class(path, PreTrainedModel, where)
             base = library_class(base_path, PreTrainedConfig, where)

@@ -63,6 +63,11 @@ class Twin:
                     return cut, int(number)
         return None
 
+    @property
+    def depth(self) -> float:
+        """How many times as many layers the model has, in the stack that was cut most."""
+        return max(cut.total / len(cut.kept) for cut in self.cuts)
+
     def stands_in(self, name: str) -> bool:
         """Whether `name` is in a layer of a stack that was cut."""
         return self._split(name) is not None

@@ -128,6 +128,7 @@ def interleaved(
             seconds[name].append(timer.block(runs[name], calls[name]))
     return {
         name: {
+            "us_min": 1e6 * min(values),
             "us_p10": 1e6 * quantile(values, 0.1),
             "us_p50": 1e6 * statistics.median(values),
             "us_p90": 1e6 * quantile(values, 0.9),

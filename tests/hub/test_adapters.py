@@ -219,6 +219,16 @@ def test_a_base_that_is_saved_and_loaded_is_the_same_base(patch: Callable, tmp_p
             PeftModel.from_pretrained(stock, tmp_path / str(i))
 
 
+def test_exact_is_exact_whichever_strategy_it_came_by(tmp_path: Path) -> None:
+    model = get_peft_model(patch_model(gpt2(), strategy="exact"), lora())
+    train(model, 1e-2)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(patch_model(gpt2()), tmp_path).eval()
+    torch.testing.assert_close(forward(again), forward(model))
+    with pytest.raises(PatchError, match="is patched otherwise"):
+        PeftModel.from_pretrained(patch_model(gpt2(), strategy="direct"), tmp_path)
+
+
 def test_transformers_own_adapters_are_marked_too(tmp_path: Path) -> None:
     model = patch_model(gpt2())
     model.add_adapter(lora())

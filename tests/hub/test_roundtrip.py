@@ -66,12 +66,19 @@ def test_a_loaded_model_saves_and_loads_again(saved: tuple[Path, Tensor]) -> Non
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("first", ["hf_rmsnorm", "transformers"])
-def test_the_order_of_imports_does_not_matter(saved: tuple[Path, Tensor], first: str) -> None:
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "hf_rmsnorm, transformers",
+        "transformers, hf_rmsnorm",
+        "hf_rmsnorm, transformers.models.gpt2.modeling_gpt2",
+        "hf_rmsnorm, peft",
+    ],
+)
+def test_the_order_of_imports_does_not_matter(saved: tuple[Path, Tensor], imports: str) -> None:
     path, _ = saved
-    second = {"hf_rmsnorm": "transformers", "transformers": "hf_rmsnorm"}[first]
     code = (
-        f"import {first}, {second}, sys\n"
+        f"import {imports}, sys\n"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "print(type(model.transformer.ln_f).__name__)"

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, read
 
 from hf_rmsnorm import functional
+from hf_rmsnorm.ops import cpu_autograd, shortcut
 
 FAST = ["--rounds", "2", "--block_seconds", "0.0005"]
 OPS = ["--rows", "5", "--hidden", "24", *FAST]
@@ -270,3 +271,39 @@ def test_ops_on_a_gpu(tmp_path: Path) -> None:
     names = ["--providers", "rms_norm", "F.rms_norm", "compiled F.rms_norm", "Liger"]
     bench_ops.main([*OPS, *names, "--dtype", "bfloat16", "--out", str(out)])
     assert {row["mode"] for row in read(out)["rows"]} == {"eager", "graph"}
+
+
+@pytest.mark.skipif(not cpu_autograd.finish(), reason="no C++ compiler here")
+def test_node(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import bench_node
+
+    call, out = shortcut.call, tmp_path / "node.json"
+    bench_node.main(["--only", "ops", *FAST, "--out", str(out)])
+    assert shortcut.call is call
+    rows = read(out)["rows"]
+    assert len(rows) == 2 * 3 * 2 * 3
+    assert {row["arm"] for row in rows} == {"F.layer_norm", "node", "no node"}
+    assert all(row["best"] == 1.0 for row in rows if row["arm"] == "no node")
+    assert "512 x 768, both" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_the_models_of_bench_node_compute_the_same(decode: bool) -> None:
+    import bench_node
+    import transformers
+
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 3, "vocab_size": 61, "n_positions": 40}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    seen = []
+    with torch.no_grad():
+        tokens = torch.randint(61, (1, 9))
+        arms = bench_node.model_arms(model, {"input_ids": tokens}, decode=decode)
+        for run, _ in arms.values():
+            for _ in range(2):  # the cache is as long as before
+                seen.append(run())
+    assert [uses for _, uses in arms.values()] == [False, True, False]
+    for logits in seen:
+        assert logits.shape[1] == (1 if decode else 9)
+    torch.testing.assert_close(seen[2], seen[4])
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
