@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
 
 from ..errors import PatchError
 from . import modeling
@@ -116,8 +115,8 @@ def _stale(staged: Path, target: Path, variant: str | None) -> set[str]:
 def _kind(folder: Path) -> object:
     """What a folder's config says about the patch: weights of another kind do not belong to it."""
     try:
-        config = PreTrainedConfig.get_config_dict(folder)[0]
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except (OSError, PatchError):
         return None
     return config.get("model_type"), config.get(RECORD)
 

@@ -143,6 +143,14 @@ def test_damaged_files_are_typed_errors(folder: Path, case: str) -> None:
     assert str(folder) in str(raised.value)
 
 
+def test_a_damaged_config_is_written_over(folder: Path) -> None:
+    model = hf_rmsnorm.from_pretrained(folder)
+    for text in ("[1, 2]", "{", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        model.save_pretrained(folder)
+        assert torch.equal(forward(hf_rmsnorm.from_pretrained(folder)), forward(model))
+
+
 def test_whole_checkpoints_load_as_ever(folder: Path) -> None:
     expected = forward(AUTO.from_pretrained(folder))
     loaded, info = hf_rmsnorm.from_pretrained(folder, output_loading_info=True)
