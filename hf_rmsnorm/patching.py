@@ -181,12 +181,13 @@ def patch_model(
             else:
                 apply_plan(target, plan, measured)
             _warn(plan, measured)
+            if keep_originals:
+                return model
         except BaseException:  # such as a warning that is made an error
             if _RECORD in target.__dict__:
                 _undo([(target, target.__dict__[_RECORD])])
             raise
-        if not keep_originals:
-            target.__dict__[_RECORD].changes.forget()
+        target.__dict__[_RECORD].changes.forget()
     return model
 
 

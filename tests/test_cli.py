@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 import hf_rmsnorm
 from hf_rmsnorm import PatchError, PatchPlan
@@ -262,3 +263,18 @@ def test_card_of_a_checkpoint_and_of_a_run(
         assert main(argv) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and message in lines[0]
+
+
+def test_weights_that_are_missing_are_named(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    del weights["transformer.h.1.mlp.c_fc.bias"]
+    save_file(weights, path, {"format": "pt"})
+    out = checkpoint.parent / "out"
+    for argv in (["inspect", str(checkpoint)], ["patch", str(checkpoint), str(out)]):
+        assert main(argv) == 2
+        assert "transformer.h.1.mlp.c_fc.bias among them" in capsys.readouterr().err
+        assert not out.exists()
+    assert main(["inspect", str(checkpoint), "--new-weights", "*.c_fc.bias"]) == 0

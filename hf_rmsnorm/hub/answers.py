@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 
 @contextmanager
-def answers_of(api: HfApi) -> Iterator[None]:
+def well_formed() -> Iterator[None]:
     """`OSError` naming the address for an answer that has not the form of the Hub's."""
     try:
         yield
@@ -18,6 +18,6 @@ def answers_of(api: HfApi) -> Iterator[None]:
         raise
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise OSError(
-            f"{api.endpoint} gave an answer that is no Hub's ({type(error).__name__}: {error}): is "
-            "HF_ENDPOINT right, or is a proxy in between?"
+            f"{constants.ENDPOINT} gave an answer that is no Hub's ({type(error).__name__}: "
+            f"{error}): is HF_ENDPOINT right, or is a proxy in between?"
         ) from error

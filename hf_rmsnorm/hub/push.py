@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import PatchError
-from .answers import answers_of
+from .answers import well_formed
 from .card_merge import BEGIN
 from .cards import make_card, read_config, write_card
 from .folders import read_json
@@ -62,7 +62,7 @@ def push(
             "there is no token to upload with: run `hf auth login`, or set HF_TOKEN"
         )
     try:
-        with answers_of(api):
+        with well_formed():
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)

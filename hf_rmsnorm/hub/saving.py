@@ -20,12 +20,11 @@ from typing import Any
 from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils.hub import hf_api
 
 from ..errors import PatchError
 from . import modeling
 from .adapters import mark_adapters
-from .answers import answers_of
+from .answers import well_formed
 from .autos import auto_map, place
 from .cards import write_card
 from .configs import is_marked, mark_config, unmark_config
@@ -77,7 +76,7 @@ def save_patched(
             before = model._get_files_timestamps(target) if target.exists() else {}
             move_into(staged, target, kwargs.get("variant"))
     if upload is not None:
-        with answers_of(hf_api()):
+        with well_formed():
             model._upload_modified_files(target, files_timestamps=before, **upload)
 
 
@@ -159,6 +158,8 @@ def _write_card(staged: Path, target: Path, model: Any, upload: dict[str, Any] |
 
 
 def _card_on_hub(upload: dict[str, Any]) -> Path | None:
+    from transformers.utils.hub import hf_api
+
     revision, token = upload.get("revision"), upload.get("token")
     try:
         return Path(
@@ -170,6 +171,8 @@ def _card_on_hub(upload: dict[str, Any]) -> Path | None:
 
 def _prepare_upload(target: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Create the repository; what is left in `kwargs` is for writing the files."""
+    from transformers.utils.hub import hf_api
+
     names = ("private", "token", "repo_type", "exist_ok", "space_sdk")
     repo = {name: kwargs[name] for name in names if name in kwargs}
     repo_id = kwargs.pop("repo_id", target.name)
@@ -180,7 +183,7 @@ def _prepare_upload(target: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
     for name in repo:
         kwargs.pop(name)
-    with answers_of(hf_api()):
+    with well_formed():
         upload["repo_id"] = hf_api().create_repo(repo_id, **{**repo, "exist_ok": True}).repo_id
     return {**upload, "token": repo.get("token")}
 

@@ -69,16 +69,17 @@ def state(model: nn.Module) -> dict[str, Any]:
     settings = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()
     found: dict[str, Any] = {"settings": (*settings, torch.is_autocast_enabled("cuda"))}
     for name, module in model.named_modules():
-        own = {k: v for k, v in vars(module).items() if isinstance(v, (str, int, float, tuple))}
-        hooks = [list(getattr(module, table).values()) for table in _TABLES]
         ours = sorted(key for key in vars(module) if key.startswith("_hf_rmsnorm"))
+        rest = {key: value for key, value in vars(module).items() if key not in ours}
+        own = {k: v for k, v in rest.items() if isinstance(v, (str, int, float, tuple))}
+        hooks = [list(getattr(module, table).values()) for table in _TABLES]
         parts = ours, list(module._parameters), list(module._buffers)
         found[name] = type(module), own, repr(hooks), parts
         config = vars(module).get("config")
         if config is not None:
             found[f"{name} config"] = type(config), repr(config)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        data = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        data = tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
         found[f"{name} tensor"] = tensor.shape, hashlib.sha256(data).digest()
     return found
 
