@@ -83,7 +83,8 @@ def check_post_norm(post_norm: str | None, strategy: str) -> None:
 
 def check_hold(hold: str | Sequence[str], strategy: str) -> tuple[str, ...]:
     """The patterns of `hold`; `"all"` is every output."""
-    patterns = ("*",) if hold == "all" else (hold,) if isinstance(hold, str) else tuple(hold)
+    patterns = (hold,) if isinstance(hold, str) else tuple(hold)
+    patterns = ("*",) if patterns == ("all",) else patterns
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise PatchError(f'hold must be "all" or a list of patterns of outputs, got {hold!r}')
     if patterns and strategy == "direct":

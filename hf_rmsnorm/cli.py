@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import ops
-from .arguments import NORMS, POST_NORMS, STRATEGIES, resolve_inputs
+from .arguments import NORMS, POST_NORMS, STRATEGIES, TWINS, resolve_inputs
 from .errors import PatchError, VerificationError
 from .patching import patch_model, patch_report
 from .planning import plan_patch
@@ -165,7 +165,7 @@ def env(arguments: argparse.Namespace) -> int:
 
 
 def _patch_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("norm", "p", "strategy", "post_norm", "include", "exclude")
+    names = ("norm", "p", "strategy", "post_norm", "include", "exclude", "hold", "twin")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -250,6 +250,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     patching.add_argument("--include", nargs="+", metavar="GLOB", help="only these norm sites")
     patching.add_argument("--exclude", nargs="+", metavar="GLOB", help="not these norm sites")
+    patching.add_argument(
+        "--hold",
+        nargs="+",
+        metavar="GLOB",
+        default=(),
+        help='outputs that must not move beside the main ones, by name, such as "hidden_states"',
+    )
+    patching.add_argument(
+        "--twin",
+        choices=TWINS,
+        default="auto",
+        help="probe a thin twin with a few of each kind of layer (default: for large models)",
+    )
 
     command = commands.add_parser(
         "inspect", parents=[loading, patching], help="print what a patch would do, and why"

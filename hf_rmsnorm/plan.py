@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
-
 from .errors import PatchError
-from .fields import Share, read_fields
+from .fields import Limit, Share
 from .probing import Center, Fold, LayerScale
 from .probing.facts import Absorb, Widen
 from .recipes import NormSpec
+from .validation import read_fields
 
 FORMAT_VERSION = 1
 
@@ -93,7 +92,7 @@ class PatchPlan:
     filled: tuple[str, ...] = ()
     twin: str = ""
     precision: str = ""
-    version: Annotated[int, Ge(1), Le(FORMAT_VERSION)] = FORMAT_VERSION
+    version: Annotated[int, Limit(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
 
     def count(self, verdict: Verdict) -> int:
         return sum(site.verdict == verdict for site in self.sites)

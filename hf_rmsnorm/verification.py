@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .errors import VerificationError
 from .plan import PatchPlan
 from .probing import plain_copy, relative_change, run_outputs
+from .probing.make_bench import require_finite
 from .probing.outputs import model_place
 
 Inputs = Sequence[Mapping[str, Any]]
@@ -145,11 +146,14 @@ def verify_in_place(
         depth: how many times as many layers the model has; rounding grows no faster.
 
     Raises:
+        PatchError: a weight of a layer that the twin has not is nan or inf.
         VerificationError: the exact part moves the outputs by more than rounding; undone.
     """
     dtype, _ = model_place(model)
     exact = exact_part(plan)
     before = outputs_as_it_is(model, inputs, plan.hold)
+    if any(x.isnan().any() or not x.isfinite().any() for x in before):
+        require_finite(model)
     apply(model, exact)
     try:
         change = own_error = relative_change(before, outputs_as_it_is(model, inputs, plan.hold))

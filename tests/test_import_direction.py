@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_rmsnorm"
 # a file may import from its own layer and the ones before it
 LAYERS = [
     {"errors"},
-    {"fields"},
+    {"fields", "validation"},
     {"ops"},
     {"functional"},
     {"modules", "recipes", "probe_inputs"},

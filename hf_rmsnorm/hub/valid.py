@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from annotated_types import MinLen
-
 from ..errors import PatchError
-from ..fields import Finite, read_fields
+from ..fields import Finite, Limit
 from ..plan import PatchPlan, check_plan
 from ..probing import Fold
+from ..validation import read_fields
 from .per_layer import of_layer
 from .records import RECORD, _rest, check_record
 
@@ -42,8 +41,8 @@ def valid_record(record: object, where: str = "the config") -> dict[str, Any]:
 class _OfLayers:
     """What `per_layer` puts together."""
 
-    reason: str | tuple[str | Annotated[tuple[str, ...], MinLen(1)], ...]
-    leftover: float | Annotated[tuple[float | None, ...], MinLen(1)] | None = None
+    reason: str | tuple[str | Annotated[tuple[str, ...], Limit(min_length=1)], ...]
+    leftover: float | Annotated[tuple[float | None, ...], Limit(min_length=1)] | None = None
 
 
 def _sites(rows: object, what: str) -> object:

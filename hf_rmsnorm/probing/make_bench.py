@@ -123,18 +123,23 @@ def make_bench(
                 _reach_more(bench, inputs, more)
             _add_noise(bench)
             return bench
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                raise PatchError(
-                    f"{name} has entries that are nan or inf, so nothing finite comes out of this "
-                    f"{type(model).__name__} to compare: load sound weights, or use "
-                    'strategy="direct", which runs nothing'
-                )
+        require_finite(model)
         problem = "its outputs are not finite"
     raise PatchError(
         f"{type(model).__name__} could not be run on the probe inputs: {problem}\n"
         "Pass inputs= with keyword arguments its forward accepts."
     )
+
+
+def require_finite(model: nn.Module) -> None:
+    """`PatchError` that names the first weight with entries that are nan or inf."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise PatchError(
+                f"{name} has entries that are nan or inf, so nothing finite comes out of this "
+                f"{type(model).__name__} to compare: load sound weights, or use "
+                'strategy="direct", which runs nothing'
+            )
 
 
 @torch.no_grad()

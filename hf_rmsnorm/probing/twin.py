@@ -1,8 +1,8 @@
 """A thin twin: the model with a few of its repeated layers, sharing their weights, to probe.
 
 Which layers repeat is told by structure alone: children of one list, of equal classes, shapes and
-settings. What is found on the twin is written out for all layers: each of them has one in the twin
-that stands for it.
+settings. Of those with the same kinds of layers before and after them the twin has one, which
+stands for all; what is found on the twin is written out for every layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from .copies import own_methods
 from .facts import Absorb, Center, Fold, LayerScale, ProbeResult, Widen
 
-OF_A_KIND = 2  # layers of each kind that are kept, beside the last of all
+FEWEST = 4  # layers of a stack that is worth cutting
 _SIMPLE = (bool, int, float, str, type(None), tuple)
 
 Rename = Callable[[str], str]
@@ -199,7 +199,7 @@ def find_cuts(model: nn.Module, norms: Collection[str]) -> tuple[Cut, ...]:
         inside = any(_is_below(path, cut.path) for cut in found)
         if inside or not path or not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
-        if len(module) <= OF_A_KIND + 1:
+        if len(module) < FEWEST:
             continue
         layers = list(module._modules.values())
         own = [f"{path}.{i}." for i in range(len(layers))]
@@ -217,18 +217,16 @@ def _is_below(path: str, other: str) -> bool:
 
 
 def _cut(path: str, layers: Sequence[nn.Module]) -> Cut | None:
-    kinds: dict[Any, list[int]] = {}
-    for i, kind in enumerate(_kinds(layers)):
-        kinds.setdefault(kind, []).append(i)
-    last = len(layers) - 1
-    kept = sorted({last, *(i for same in kinds.values() for i in same[:OF_A_KIND])})
-    if len(kept) == len(layers):
+    kinds = _kinds(layers)
+    places: dict[Any, list[int]] = {}  # alike, with the same kinds before and after them
+    for i, kind in enumerate(kinds):
+        around = frozenset(kinds[:i]), frozenset(kinds[i + 1 :])
+        places.setdefault((kind, *around), []).append(i)
+    if len(places) == len(layers):
         return None
-    stands: dict[int, list[int]] = {i: [i] for i in kept}
-    for same in kinds.values():
-        middle = next((i for i in same[1:OF_A_KIND]), same[0])
-        stands[middle] += [i for i in same if i not in stands]
-    return Cut(path, tuple(kept), tuple(tuple(stands[i]) for i in kept))
+    stands = {alike[0]: tuple(alike) for alike in places.values()}
+    kept = tuple(sorted(stands))
+    return Cut(path, kept, tuple(stands[i] for i in kept))
 
 
 def _kinds(layers: Sequence[nn.Module]) -> list[str]:
@@ -255,6 +253,7 @@ def _kinds(layers: Sequence[nn.Module]) -> list[str]:
 
 def _settings(layer: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in layer.named_modules():
+        yield f"{path}()", (len(module._forward_hooks), len(module._forward_pre_hooks))
         for name, value in vars(module).items():
             if isinstance(value, _SIMPLE) and not name.startswith("_") and name != "training":
                 yield f"{path}.{name}", value
