@@ -19,6 +19,9 @@ left over. The exit status is 1 if there is any. Linux and macOS only.
 
 from __future__ import annotations
 
+import harness  # noqa: F401  first, so that it can say what is missing
+
+# isort: split
 import argparse
 import json
 import sys

@@ -66,21 +66,3 @@ def test_importing_the_package_is_light() -> None:
     loaded, seconds = zip(*(run.stdout.rsplit(" ", 1) for run in runs), strict=True)
     assert set(loaded) == {"[]"}
     assert min(float(s) for s in seconds) < 0.3
-
-
-@pytest.mark.launch
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import transformers, hf_rmsnorm; transformers.GPT2LMHeadModel",
-        "import hf_rmsnorm, transformers; transformers.GPT2LMHeadModel",
-        "import hf_rmsnorm; from transformers import AutoConfig; AutoConfig",
-        "import hf_rmsnorm; from transformers.models.auto import configuration_auto",
-        "import hf_rmsnorm; from transformers import PreTrainedModel",
-        "import hf_rmsnorm, peft",
-        "import peft, hf_rmsnorm; peft.PeftModel",
-        "import hf_rmsnorm; from transformers import Trainer",
-    ],
-)
-def test_the_other_libraries_load_in_any_order(code: str) -> None:
-    subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], check=True)
