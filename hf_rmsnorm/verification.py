@@ -109,7 +109,8 @@ def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> M
 
     twin = copied(dtype)
     apply(twin, exact)
-    own_error = relative_change(truth, outputs(twin))
+    after = outputs(twin)
+    own_error = relative_change(truth, after)
     # in the dtype of the comparison itself the unpatched model has no rounding to show
     allowed = tolerance if dtype == precise else ROUNDING_FACTOR * rounding
     allowed += 10 * torch.finfo(dtype).eps
@@ -121,7 +122,8 @@ def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> M
     if exact != plan:
         twin = copied(dtype)
         apply(twin, plan)
-    change = relative_change(own, outputs(twin))
+        after = outputs(twin)
+    change = relative_change(own, after)
     name = str(precise).removeprefix("torch.")
     return Measurement(error, name, own_error, rounding, change)
 

@@ -69,6 +69,7 @@ class Bench:
         before: the outputs that must not move, `(held, internal)` per input.
         frozen: parameters that share memory without being one tensor: changing one changes both.
         widths: each norm's numbers of features.
+        called: the norms that each input reaches.
         touched: leaves that some operation of a run read.
         given: the values of the leaves that have noise now, as they were.
         given_before: `before`, without the noise.
@@ -84,6 +85,7 @@ class Bench:
     before: list[tuple[Outputs, Outputs]] = field(default_factory=list)
     frozen: frozenset[str] = frozenset()
     widths: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    called: list[set[str]] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
     given: dict[str, Tensor] = field(default_factory=dict)
     given_before: list[tuple[Outputs, Outputs]] = field(default_factory=list)
@@ -199,7 +201,16 @@ class Bench:
             yield worst
 
     @torch.no_grad()
-    def means(self) -> dict[str, float]:
+    def means(self, which: int | None = None) -> dict[str, float]:
         with self.measuring() as worst:
-            self.run()
+            self.run(which)
         return worst
+
+    def smallest(self, norms: set[str]) -> int | None:
+        """The input with the fewest numbers in it, of those that reach all of `norms`."""
+        sizes = {
+            i: sum(x.numel() for x in kwargs.values() if isinstance(x, Tensor))
+            for i, kwargs in enumerate(self.inputs)
+            if norms <= self.called[i]
+        }
+        return min(sizes, key=sizes.__getitem__, default=None)

@@ -110,7 +110,7 @@ def make_bench(
             continue
         try:
             bench = _bench(model, norms, inputs, dtype, hold)
-            bench.before = _first_run(bench)
+            bench.before = [_first_run(bench, i) for i in range(len(inputs))]
         except Exception as error:  # a model's own forward may raise anything
             problem = f"{type(error).__name__}: {error}"
             continue
@@ -143,14 +143,18 @@ def require_finite(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _first_run(bench: Bench, which: int | None = None) -> list[tuple[Outputs, Outputs]]:
+def _first_run(bench: Bench, which: int) -> tuple[Outputs, Outputs]:
     """Run the model, noting the norms' widths and what weights are read."""
+    called: set[str] = set()
 
     def watch(name: str, x: Tensor) -> None:
+        called.add(name)
         bench.widths[name].add(x.shape[norm_axis(bench.norms[name], x)])
 
     with bench.watching(watch), touching(bench.leaves(), bench.touched):
-        return bench.run(which)
+        (found,) = bench.run(which)
+    bench.called.append(called)
+    return found
 
 
 def _check_hold(bench: Bench) -> None:
@@ -174,15 +178,16 @@ def _reach_more(bench: Bench, inputs: list[Mapping[str, Any]], more: More) -> No
         bench.inputs.append(cast_inputs(kwargs, bench.dtype, bench.device))
         try:
             found = _first_run(bench, len(bench.inputs) - 1)
-            sound = all(x.isfinite().any() and not x.isnan().any() for x in found[0][0].values())
+            sound = all(x.isfinite().any() and not x.isnan().any() for x in found[0].values())
         except Exception:  # this model does not take such inputs
             sound = False
         if sound and bench.touched & missing:
-            bench.before += found
+            bench.before.append(found)
             inputs.append(kwargs)
             missing = beyond(bench, bench.leaves().keys() - bench.touched)
         else:
             bench.inputs.pop()
+            del bench.called[len(bench.inputs) :]
             bench.touched = touched
             bench.widths.clear()
             bench.widths.update(widths)

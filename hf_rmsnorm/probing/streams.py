@@ -168,6 +168,15 @@ def admissible(bench: Bench, chosen: Sequence[Center]) -> tuple[set[str], list[t
     return pending, list(good.values())
 
 
+def _fixed(
+    bench: Bench, centers: Sequence[Center], pending: set[str], which: int | None = None
+) -> set[str]:
+    """Which of the norms have no mean any more, on every input or on one."""
+    with centered(bench, centers):
+        means = bench.means(which)
+    return {name for name in pending if means.get(name, 1.0) < bench.tolerance.mean}
+
+
 def choose_centers(bench: Bench, confirmed: Callable[[Sequence[Center]], bool]) -> list[Center]:
     """Greedily the port that makes most norms exact, until the best would serve a single one.
 
@@ -178,12 +187,14 @@ def choose_centers(bench: Bench, confirmed: Callable[[Sequence[Center]], bool]) 
     while True:
         pending, ports = admissible(bench, chosen)
         best, serves = None, set[str]()
+
+        which = bench.smallest(pending)
         for port, later in ports:
             if later <= max(len(serves), 1) or port in refused:
                 continue
-            with centered(bench, [*chosen, port]):
-                means = bench.means()
-            fixed = {name for name in pending if means.get(name, 1.0) < bench.tolerance.mean}
+            fixed = _fixed(bench, [*chosen, port], pending, which)
+            if len(fixed) > max(len(serves), 1) and which is not None:
+                fixed = _fixed(bench, [*chosen, port], pending)  # one input shows what is not fixed
             if len(fixed) > max(len(serves), 1):
                 best, serves = port, fixed
             if serves == pending:
