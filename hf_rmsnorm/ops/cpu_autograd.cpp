@@ -3,14 +3,13 @@
  * computed is defined in reference.py alone.
  *
  * Why it is worth private headers of PyTorch and a build in the background: through Python a call
- * takes 8 us more forward and 40 us more forward and backward (1 x 768: 9.8 us against 1.9, where
- * F.layer_norm takes 2.9; at 512 rows 1.1 to 1.4 times as long), and most in whole models, between
- * whose matrix products nothing of Python is left in the caches. Where calls are many and small a
- * user sees it: with it, a sentence encoder (6 layers of 384, 16 tokens) is 1.02 to 1.04 times as
- * fast as without, a GPT-2 (12 of 768) that decodes one token 1.02 to 1.04; without it, both were 2
- * to 4% slower patched than unpatched. Held to: 2% in one of the two, or it goes.
- * python scripts/bench_node.py --threads 1: x86-64, one of 2 shared cores, torch 2.13.0,
- * 2026-11-25, medians and shortest blocks of several runs; to be repeated on a quiet machine. */
+ * takes 8 us more forward and 39 us more forward and backward (1 x 768: 9.7 us against 1.8, where
+ * F.layer_norm takes 2.8; at 512 rows 1.4 times as long). Where calls are many and small a user sees
+ * it: with it, a sentence encoder (6 layers of 384, 16 tokens) is 1.04 times as fast as without (1.06
+ * with two threads), a GPT-2 (12 of 768) that decodes one token 1.02 (1.03); without it, both are
+ * slower patched than unpatched. Held to: 2% in one of the two, or it goes.
+ * python scripts/bench_node.py --threads 1: x86-64, one of 2 cores, torch 2.13.0, 2026-11-25, medians
+ * (scripts/results/node-cpu.json). */
 
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
