@@ -13,16 +13,16 @@ from .errors import PatchError as PatchError
 from .errors import VerificationError as VerificationError
 from .modules import PartialRMSNorm as PartialRMSNorm
 from .modules import RMSNorm as RMSNorm
+from .patching import PatchPlan as PatchPlan
 from .patching import PatchReport as PatchReport
+from .patching import Site as Site
 from .patching import apply_plan as apply_plan
+from .patching import fit_plan as fit_plan
+from .patching import fold_shard as fold_shard
 from .patching import patch_model as patch_model
 from .patching import patch_report as patch_report
+from .patching import plan_patch as plan_patch
 from .patching import unpatch_model as unpatch_model
-from .plan import PatchPlan as PatchPlan
-from .plan import Site as Site
-from .planning import plan_patch as plan_patch
-from .transfer import fit_plan as fit_plan
-from .transfer import fold_shard as fold_shard
 
 __version__ = "0.1.0"
 

@@ -14,12 +14,12 @@ from typing import Any
 from torch import nn
 
 from .patching import on_patched, on_unpatched
-from .plan import PatchPlan
+from .patching.plan import PatchPlan
 
 # What has something to do once another library's module is there, by that: a module of `hub`, and
 # a function in it that takes the other module, if importing ours is not all.
 _AFTER = {
-    "transformers.models.auto.configuration_auto": ("configs", ""),
+    "transformers.models.auto.configuration_auto": ("register", ""),
     "transformers.integrations.peft": ("adapters", "watch"),
     "peft.peft_model": ("adapters", "watch"),
     "peft.mixed_model": ("adapters", "watch"),

@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,18 @@ import torch
 from torch import nn
 
 from . import ops
-from .arguments import NORMS, POST_NORMS, STRATEGIES, TWINS, resolve_inputs
 from .errors import PatchError, VerificationError
 from .patching import patch_model, patch_report
-from .planning import plan_patch
+from .patching.config import (
+    AUTOCAST_OUTPUTS,
+    NORMS,
+    POST_NORMS,
+    STRATEGIES,
+    TWINS,
+    PatchConfig,
+    resolve_inputs,
+)
+from .patching.decide import plan_patch
 from .probing import relative_change, run_outputs
 
 PLAN_FILE = "hf_rmsnorm_plan.json"
@@ -165,8 +174,8 @@ def env(arguments: argparse.Namespace) -> int:
 
 
 def _patch_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("norm", "p", "strategy", "post_norm", "include", "exclude", "hold", "twin")
-    return {name: getattr(arguments, name) for name in names}
+    names = (field.name for field in fields(PatchConfig))
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _load(path: str, arguments: argparse.Namespace) -> Any:
@@ -262,6 +271,19 @@ def _parser() -> argparse.ArgumentParser:
         choices=TWINS,
         default="auto",
         help="probe a thin twin with a few of each kind of layer (default: for large models)",
+    )
+
+    patching.add_argument(
+        "--autocast-output",
+        choices=AUTOCAST_OUTPUTS,
+        default="auto",
+        help="dtype of the norms' outputs under autocast (default: auto)",
+    )
+    patching.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not run what is called exact before it is written",
     )
 
     command = commands.add_parser(

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_rmsnorm import PatchError, RMSNorm, ops, patch_model, plan_patch, unpatch_model
 from hf_rmsnorm.ops import reference
-from hf_rmsnorm.plan import PatchPlan
+from hf_rmsnorm.patching.plan import PatchPlan
 
 HALF = torch.bfloat16
 

@@ -25,7 +25,7 @@ from hf_rmsnorm import (
     unpatch_model,
 )
 from hf_rmsnorm.patching import apply_plan
-from hf_rmsnorm.verification import verify
+from hf_rmsnorm.patching.verify import verify
 
 TOKENS = {"input_ids": torch.tensor([[5, 9, 2, 40, 11, 7], [3, 8, 21, 6, 30, 1]])}
 

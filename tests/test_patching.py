@@ -26,11 +26,11 @@ from hf_rmsnorm import (
     RMSNorm,
     patch_model,
     patch_report,
-    patching,
     plan_patch,
     unpatch_model,
 )
 from hf_rmsnorm.patching import on_patched
+from hf_rmsnorm.patching.config import unwrap
 
 TOKENS = {"input_ids": torch.tensor([[5, 9, 2, 40, 11, 7], [3, 8, 21, 6, 30, 1]])}
 PIXELS = {"pixel_values": torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0))}
@@ -709,5 +709,5 @@ def test_the_record_lives_on_the_model_alone() -> None:
     one, two = MODELS["gpt2"](), MODELS["gpt2"]()
     patch_model(one, strategy="direct")
     assert classes_of(two)["transformer.ln_f"] is nn.LayerNorm
-    assert patching.unwrap(two) is two
+    assert unwrap(two) is two
     assert two.config.model_type == "gpt2"

@@ -28,11 +28,11 @@ from hf_rmsnorm import (
     plan_patch,
     unpatch_model,
 )
-from hf_rmsnorm.arguments import resolve_inputs
 from hf_rmsnorm.cli import main
 from hf_rmsnorm.patching import on_patched
+from hf_rmsnorm.patching.config import resolve_inputs
+from hf_rmsnorm.patching.verify import verify
 from hf_rmsnorm.probing import relative_change, run_outputs
-from hf_rmsnorm.verification import verify
 
 SIZES: dict[str, dict[str, Any]] = {
     "bert": {"intermediate_size": 56, "num_hidden_layers": 3},
@@ -112,7 +112,7 @@ def leftovers(plan: PatchPlan) -> dict[str, float]:
 
 def without_absorbs(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> PatchPlan:
     with monkeypatch.context() as patch:
-        patch.setattr("hf_rmsnorm.planning.improve", lambda *args, **kwargs: args[3])
+        patch.setattr("hf_rmsnorm.patching.decide.improve", lambda *args, **kwargs: args[3])
         return plan_patch(model)
 
 
@@ -466,7 +466,7 @@ def test_a_failure_on_the_way_leaves_shapes_alone() -> None:
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"post_norm": "neuron"}, "post_norm must be None or one of 'extra_neuron'; got 'neuron'"),
+        ({"post_norm": "neuron"}, "post_norm must be one of None, extra_neuron; got 'neuron'"),
         ({"post_norm": "extra_neuron", "strategy": "direct"}, 'which strategy="direct" never does'),
     ],
 )

@@ -6,7 +6,7 @@ from model_zoo import build
 from torch import nn
 
 from hf_rmsnorm.errors import PatchError
-from hf_rmsnorm.probe_inputs import make_inputs
+from hf_rmsnorm.probing.inputs import make_inputs
 
 
 def shapes(name: str) -> list[dict[str, tuple[int, ...]]]:

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..errors import PatchError
-from ..plan import layer_pattern
+from ..names import layer_pattern
 from .autos import auto_class, task
 from .card_merge import merge
 from .card_results import METRICS, TASK, eval_results, texts

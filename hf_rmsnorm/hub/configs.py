@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import PatchError
@@ -160,24 +160,6 @@ class RMSNormAutoConfig(PreTrainedConfig):
         return config_class(CONFIG_MAPPING[base_type]).from_dict(config_dict, **kwargs)
 
 
-class _Registering(RMSNormAutoConfig):
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Models that are put together from others hand on their configs as keywords."""
-        if "base_model_type" in kwargs:
-            return cls.from_dict(kwargs)
-        return super().__new__(cls)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        from .loading import register_model, register_models
-
-        found = super().from_dict(config_dict, **kwargs)
-        if (path := config_dict.get(PLACE[0])) is not None:
-            config = found[0] if isinstance(found, tuple) else found
-            register_model(type(config), _placed[path.rpartition(".")[2]][0])
-        else:
-            register_models(CONFIG_MAPPING[config_dict["base_model_type"]])
-        return found
-
-
-AutoConfig.register(MODEL_TYPE, _Registering, exist_ok=True)
+def placed_model(path: str) -> Any:
+    """The model class at `path`, of a config that was read."""
+    return _placed[path.rpartition(".")[2]][0]

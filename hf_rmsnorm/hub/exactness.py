@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..changes import get_tensor
-from ..plan import PatchPlan
+from ..patching.changes import get_tensor
+from ..patching.plan import PatchPlan
 from ..probing import Fold
 from .records import fold_rows
 

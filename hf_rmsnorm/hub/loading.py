@@ -15,11 +15,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..changes import get_tensor
-from ..checking import check_fits
 from ..errors import PatchError
 from ..patching import apply_plan
-from ..plan import PatchPlan
+from ..patching.changes import get_tensor
+from ..patching.check import check_fits
+from ..patching.plan import PatchPlan
 from ..probing import Fold
 from . import saving
 from .autos import heads, remote_auto_class

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
-from ..plan import PatchPlan
+from ..patching.plan import PatchPlan
 from .configs import is_marked, mark_config, stock_config, unmark_config
 from .exactness import Evidence, may_be_stock
 from .loading import base_class, model_class, register_models

@@ -12,8 +12,9 @@ import operator
 import re
 from pathlib import Path
 
-from .. import applying, changes, errors, functional, modules, plan
+from .. import errors, functional, modules, names
 from ..ops import reference
+from ..patching import apply, changes, plan
 from ..probing import facts, postnorm
 from . import configs, per_layer, records
 
@@ -24,13 +25,14 @@ _TEMPLATE = Path(__file__).with_name(f"{FILE}.in")
 _SOURCES = {
     module.__name__.rpartition(".")[2]: module
     for module in (
-        applying,
+        apply,
         changes,
         configs,
         errors,
         facts,
         functional,
         modules,
+        names,
         per_layer,
         plan,
         postnorm,
@@ -41,7 +43,7 @@ _SOURCES = {
 _VALUES = {
     "model_type": configs.MODEL_TYPE,
     "record": records.RECORD,
-    "places": applying.PLACES,
+    "places": apply.PLACES,
     "place": repr(configs.PLACE),
     "version": plan.FORMAT_VERSION,
     "keys": ", ".join(f'"{key}"' for key in sorted(records.KEYS)),

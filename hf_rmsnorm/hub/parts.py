@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import PatchError
 from ..patching import patched_parts
-from ..plan import PatchPlan
+from ..patching.plan import PatchPlan
 from .exactness import Evidence
 from .records import about_weights, gains, lifted, to_record
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from ..plan import FORMAT_VERSION, PatchPlan, Site, layer_pattern, spec_from_dict
+from ..names import layer_pattern
+from ..patching.plan import FORMAT_VERSION, PatchPlan, Site, spec_from_dict
 from ..probing import Center, Fold
 from ..probing.facts import Widen
 from .per_layer import of_layer, together

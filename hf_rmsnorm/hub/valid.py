@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from ..errors import PatchError
 from ..fields import Finite, Limit
-from ..plan import PatchPlan, check_plan
+from ..patching.plan import PatchPlan, check_plan
 from ..probing import Fold
 from ..validation import read_fields
 from .per_layer import of_layer

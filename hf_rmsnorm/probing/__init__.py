@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from ..recipes import NormSpec
-from .bench import Bench
 from .confirm import folded, settle, shifted, sibling_folds, unseen_folds, used_unseen
 from .copies import plain_copy
 from .explain import explain
 from .facts import Center, Fold, LayerScale, ProbeResult, fold_tensor, scale_tensor
-from .make_bench import More, make_bench
 from .outputs import Training, relative_change, rounding_gap, run_outputs
 from .reach import beyond, unproven
 from .scales import absorbed, find_scales
+from .set_up import More, make_bench
 from .streams import centered, choose_centers
 from .symmetry import NotDifferentiable, survey
+from .workbench import Bench
 
 __all__ = [
     "Center",

@@ -14,10 +14,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .bench import Bench
 from .facts import Fold, fold_tensor
 from .reach import Family, families
 from .symmetry import spread
+from .workbench import Bench
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench import Bench, norm_axis
 from .symmetry import cotangent
+from .workbench import Bench, norm_axis
 
 # Nodes that pass a mean over features on: sums, and changes of shape.
 _TRANSPARENT = (

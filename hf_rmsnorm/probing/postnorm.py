@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..recipes import NormSpec
-from .bench import Bench
 from .confirm import folded, settle
 from .facts import OFFSET, RANGE, Absorb, ProbeResult, Widen, extended, with_unit
-from .make_bench import make_bench
 from .readers import Reads, find_absorbs, find_reads, find_served, output_axis, shifted
 from .scales import absorbed
+from .set_up import make_bench
 from .streams import centered
+from .workbench import Bench
 
 WORTH = 0.99  # of the leftover before: an absorbed mean must bring it below this
 UNITS = 17  # tried activations, from one end of the extra unit's range to the other

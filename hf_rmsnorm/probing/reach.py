@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .bench import Bench
+from .workbench import Bench
 
 Family = tuple[str, torch.Size]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench import Bench, norm_axis
 from .confirm import settle
 from .facts import Absorb, shift_term
 from .outputs import is_float, relative_change
 from .symmetry import spread
+from .workbench import Bench, norm_axis
 
 
 @dataclass

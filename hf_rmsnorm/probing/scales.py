@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .bench import Bench
 from .confirm import settle
 from .facts import LayerScale, scale_tensor
 from .symmetry import Survey, ratios
+from .workbench import Bench
 
 MAX_LEVELS = 3  # between a writer's module and the module it shares with its scale
 

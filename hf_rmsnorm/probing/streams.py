@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench import Bench
 from .facts import Center
 from .outputs import is_float
 from .symmetry import cotangent, spread
+from .workbench import Bench
 
 Edit = Callable[[Center, Tensor], Tensor]
 

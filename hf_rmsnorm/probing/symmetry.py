@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bench import Bench, norm_axis
 from .facts import Fold
+from .workbench import Bench, norm_axis
 
 PROBES = 4
 MAX_BLOCKS = 512

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_rmsnorm.probe_inputs import SHAPES, make_inputs
+from hf_rmsnorm.probing.inputs import SHAPES, make_inputs
 
 from .audio import AUDIO
 from .decoders import DECODERS

@@ -12,7 +12,7 @@ from test_backends import Backend, backend  # noqa: F401
 from torch import Tensor, nn
 
 from hf_rmsnorm import PartialRMSNorm, RMSNorm, functional, patch_model, plan_patch, unpatch_model
-from hf_rmsnorm.plan import PatchPlan
+from hf_rmsnorm.patching.plan import PatchPlan
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HIDDEN = 24

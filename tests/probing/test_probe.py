@@ -15,7 +15,7 @@ from toys import FRESH, INPUTS, VOCAB, D, Toy
 
 from hf_rmsnorm.errors import PatchError
 from hf_rmsnorm.probing import plain_copy, probe, relative_change, rounding_gap, run_outputs
-from hf_rmsnorm.probing.make_bench import fits, free_bytes
+from hf_rmsnorm.probing.set_up import fits, free_bytes
 from hf_rmsnorm.recipes import NormSpec, find_norms
 
 

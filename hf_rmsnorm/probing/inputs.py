@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PatchError
+from ..errors import PatchError
 
 _VOCABULARIES = ("vocab_size", "src_vocab_size", "tgt_vocab_size", "input_vocab_size", "n_tokens")
 SHAPES = ((2, 8), (1, 5))  # (batch, tokens) of the two inputs

@@ -1,59 +1,23 @@
-"""The calls users make: `patch_model`, `patch_report`, `unpatch_model`."""
+"""`patch_model`, and `apply_plan` which it ends in."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from .applying import add_centers, fold_weights, swap_norms
-from .arguments import Inputs, unwrap
-from .changes import Changes
-from .checking import check_fits
-from .errors import PatchError
-from .plan import PatchPlan, Site, pattern_list
-from .planning import make_plan
-from .verification import Measurement, verify_in_place
-from .verification import verify as verify_plan
-
-_RECORD = "_hf_rmsnorm_record"
-
-# Called with the model after a patch and after an unpatch: how `hub` marks the config.
-on_patched: list[Callable[[nn.Module, PatchPlan], None]] = []
-on_unpatched: list[Callable[[nn.Module], None]] = []
-
-
-@dataclass(frozen=True)
-class PatchReport:
-    """What was done to a model; printing it gives a table.
-
-    Attributes:
-        plan: the plan that was applied.
-        measured: how far the outputs moved on the probe inputs; `None` where nothing was run
-            (`strategy="direct"`, `verify=False`, a loaded checkpoint).
-    """
-
-    plan: PatchPlan
-    measured: Measurement | None = None
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """One entry per norm site: `.name .class_name .verdict .reason`."""
-        return self.plan.sites
-
-    def __str__(self) -> str:
-        return str(self.plan) + (f"\n{self.measured}" if self.measured else "")
-
-
-@dataclass
-class _Record:
-    plan: PatchPlan
-    measured: Measurement | None = None
-    changes: Changes = field(default_factory=Changes)
-    undoing: bool = False  # or half undone, if that did not end
+from ..errors import PatchError
+from ..names import pattern_list
+from .apply import add_centers, fold_weights, swap_norms
+from .check import check_fits
+from .config import Inputs, PatchConfig, Patterns, check_model, unwrap
+from .decide import make_plan
+from .plan import PatchPlan
+from .state import STATE, PatchState, on_patched, whole
+from .undo import undo, unpatch_model
+from .verify import Measurement, verify_in_place
+from .verify import verify as verify_plan
 
 
 def patch_model(
@@ -64,9 +28,9 @@ def patch_model(
     strategy: str = "auto",
     post_norm: str | None = None,
     inputs: Inputs = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    hold: str | Sequence[str] = (),
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    hold: Patterns = (),
     autocast_output: str = "auto",
     twin: str = "auto",
     verify: bool = True,
@@ -132,9 +96,22 @@ def patch_model(
         >>> patch_report(net).sites[0].verdict
         'exact'
     """
-    target = unwrap(model) if isinstance(model, nn.Module) else model
-    if isinstance(target, nn.Module) and (record := target.__dict__.get(_RECORD)):
-        _whole(target, [("", target, record)])
+    config = PatchConfig(
+        norm,
+        p,
+        strategy,
+        post_norm,
+        include,
+        exclude,
+        hold,
+        autocast_output,
+        twin,
+        verify,
+        keep_originals,
+    )
+    target = unwrap(model) if isinstance(model, nn.Module) else check_model(model)
+    if record := target.__dict__.get(STATE):
+        whole(target, [("", target, record)])
         wanted = (norm, record.plan.p if p is None else p)
         if wanted != (record.plan.norm, record.plan.p):
             raise PatchError(
@@ -148,19 +125,7 @@ def patch_model(
         return model
     measured = None
     with torch.inference_mode(False):
-        planned = make_plan(
-            target,
-            norm,
-            p=p,
-            strategy=strategy,
-            post_norm=post_norm,
-            inputs=inputs,
-            include=include,
-            exclude=exclude,
-            hold=hold,
-            autocast_output=autocast_output,
-            twin=twin,
-        )
+        planned = make_plan(target, config, inputs)
         plan = planned.plan
         if verify and plan.precision:
             measured = verify_plan(
@@ -177,17 +142,17 @@ def patch_model(
                     unpatch_model,
                     planned.twin.depth,
                 )
-                target.__dict__[_RECORD].measured = measured
+                target.__dict__[STATE].measured = measured
             else:
                 apply_plan(target, plan, measured)
             _warn(plan, measured)
             if keep_originals:
                 return model
         except BaseException:  # such as a warning that is made an error
-            if _RECORD in target.__dict__:
-                _undo([(target, target.__dict__[_RECORD])])
+            if STATE in target.__dict__:
+                undo([(target, target.__dict__[STATE])])
             raise
-        target.__dict__[_RECORD].changes.forget()
+        target.__dict__[STATE].changes.forget()
     return model
 
 
@@ -237,14 +202,14 @@ def apply_plan(
         PatchError: the plan is not valid, or not for this model, or that is patched already.
     """
     model = unwrap(model)
-    if _RECORD in model.__dict__:
+    if STATE in model.__dict__:
         raise PatchError(
             f"this {type(model).__name__} is already patched: call unpatch_model first"
         )
     check_fits(plan, model, what)
-    record = _Record(plan, measured)
+    record = PatchState(plan, measured)
     try:
-        model.__dict__[_RECORD] = record
+        model.__dict__[STATE] = record
         fold_weights(model, plan, record.changes)
         changed = [site for site in plan.sites if site.verdict != "kept"]
         swap_norms(model, plan, changed, record.changes)
@@ -253,113 +218,5 @@ def apply_plan(
             callback(model, plan)
         record.changes.settle()
     except BaseException:
-        _undo([(model, record)])
+        undo([(model, record)])
         raise
-
-
-def patch_report(model: nn.Module) -> PatchReport:
-    """What `patch_model` did to `model`: printable, with one entry per norm site.
-
-    Raises:
-        PatchError: the model is not patched.
-    """
-    owners = _require_records(model)
-    sites = tuple(
-        replace(site, name=f"{prefix}.{site.name}".strip("."))
-        for prefix, _, record in owners
-        for site in record.plan.sites
-    )
-    record = owners[0][2]
-    return PatchReport(replace(record.plan, sites=sites), record.measured)
-
-
-def unpatch_model(model: nn.Module) -> nn.Module:
-    """Take a patch back, in place: the original weights and classes, bitwise.
-
-    Weights that the patch did not touch keep any training since, norm weights too.
-
-    Raises:
-        PatchError: the model is not patched; weights that the patch folded were trained since
-            (their original values would throw that training away); a module that it changed was
-            replaced since, by an adapter's wrapper say.
-        Anything else, Ctrl-C or no memory say, is raised once the model is unpatched. Should that
-        fail too, the model refuses to be saved or patched until another call has finished it.
-    """
-    found = _records(model) if isinstance(model, nn.Module) else []
-    found = found or _require_records(model)
-    for _, owner, record in found:
-        _require_untrained(owner, record)
-    _undo([(owner, record) for _, owner, record in found])
-    return model
-
-
-def _require_untrained(model: nn.Module, record: _Record) -> None:
-    if record.changes.forgotten:
-        raise PatchError(
-            f"this {type(model).__name__} was patched with keep_originals=False: the weights that "
-            "the patch folded are gone, so it cannot be unpatched. Load the model again"
-        )
-    if not record.undoing and (replaced := record.changes.replaced_since(model)):
-        raise PatchError(
-            f"{replaced[0]} was changed by the patch and is a "
-            f"{type(model.get_submodule(replaced[0])).__name__} now: unload adapters, or take back "
-            "what else has replaced it, first"
-        )
-    if touched := record.changes.touched_since(model):
-        raise PatchError(
-            f"{touched[0]} was folded by the patch and has changed since (trained, cast, sharded, "
-            "quantised or offloaded): its original values would throw that away, so the patch stays"
-        )
-
-
-def _undo(patched: list[tuple[nn.Module, _Record]]) -> None:
-    """Take patches back, to the end also if an exception comes in between."""
-    for _, record in patched:
-        record.undoing = True
-    try:
-        _undo_all(patched)
-    except BaseException:
-        _undo_all(patched)
-        raise
-
-
-def _undo_all(patched: list[tuple[nn.Module, _Record]]) -> None:
-    for model, record in patched:
-        for callback in on_unpatched:
-            callback(model)
-        record.changes.undo(model)
-    for model, _ in patched:
-        model.__dict__.pop(_RECORD, None)
-
-
-def patched_parts(model: nn.Module) -> list[tuple[str, PatchPlan]]:
-    """Path in `model` and plan of all that was patched there, each relative to its own path."""
-    return [(name, record.plan) for name, _, record in _whole(model, _records(model))]
-
-
-def _records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
-    """`(path, module, record)` of every patched module in `model`, outermost first."""
-    return [
-        (name, module, module.__dict__[_RECORD])
-        for name, module in model.named_modules()
-        if _RECORD in module.__dict__
-    ]
-
-
-def _require_records(model: nn.Module) -> list[tuple[str, nn.Module, _Record]]:
-    if isinstance(model, nn.Module) and (found := _records(model)):
-        return _whole(model, found)
-    raise PatchError(
-        f"this {type(model).__name__} was not patched by hf_rmsnorm: call patch_model first"
-    )
-
-
-def _whole(
-    model: nn.Module, found: list[tuple[str, nn.Module, _Record]]
-) -> list[tuple[str, nn.Module, _Record]]:
-    if any(record.undoing for _, _, record in found):
-        raise PatchError(
-            f"this {type(model).__name__} is half unpatched, since taking its patch back was "
-            "interrupted: call unpatch_model, which finishes it"
-        )
-    return found

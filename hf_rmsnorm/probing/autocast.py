@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .plan import layer_pattern
-from .probing import plain_copy, run_outputs
-from .probing.outputs import model_place
+from ..names import layer_pattern
+from . import plain_copy, run_outputs
+from .outputs import model_place
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import PatchError
+from ..modules import PartialRMSNorm, RMSNorm, subtract_mean
+from ..probing import Center, Fold, fold_tensor, scale_tensor
+from ..probing.facts import shift_term, with_unit
+from ..probing.postnorm import width_attributes
 from .changes import Changes, add_empty_parameters, become, get_tensor, set_attribute
-from .errors import PatchError
-from .modules import PartialRMSNorm, RMSNorm, subtract_mean
 from .plan import PatchPlan, Site
-from .probing import Center, Fold, fold_tensor, scale_tensor
-from .probing.facts import shift_term, with_unit
-from .probing.postnorm import width_attributes
 
 
 def fold_weights(model: nn.Module, plan: PatchPlan, changes: Changes) -> None:

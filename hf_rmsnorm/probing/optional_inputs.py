@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PatchError
-from .probe_inputs import SHAPES, Maker
-from .probing import Training
+from ..errors import PatchError
+from . import Training
+from .inputs import SHAPES, Maker
 
 # Which have no branch of their own, or show the inside of the model.
 _PLAIN = ("return_dict", "output_", "use_cache", "inputs_embeds", "head_mask", "past_key_values")

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from .errors import VerificationError
+from ..errors import VerificationError
+from ..probing import plain_copy, relative_change, run_outputs
+from ..probing.outputs import model_place
+from ..probing.set_up import require_finite
 from .plan import PatchPlan
-from .probing import plain_copy, relative_change, run_outputs
-from .probing.make_bench import require_finite
-from .probing.outputs import model_place
 
 Inputs = Sequence[Mapping[str, Any]]
 Apply = Callable[[nn.Module, PatchPlan], None]

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import (
-    TWINS,
-    Inputs,
-    check_arguments,
-    check_choice,
-    check_hold,
-    check_post_norm,
-    resolve_inputs,
-    select,
-    unwrap,
-)
-from .autocast import AUTOCAST_OUTPUTS, direct_sites
-from .errors import PatchError
-from .functional import statistic_size
-from .optional_inputs import optional_inputs
-from .plan import PatchPlan, Site, Verdict, site_table
-from .probing import ProbeResult, probe
-from .probing.copies import elements
-from .probing.postnorm import improve
-from .probing.twin import Twin, find_cuts, shorten_configs, thin_twin
-from .recipes import NormSpec, Unreadable, find_norms
+from ..errors import PatchError
+from ..probing import ProbeResult, probe
+from ..probing.autocast import direct_sites
+from ..probing.copies import elements
+from ..probing.optional_inputs import optional_inputs
+from ..probing.postnorm import improve
+from ..probing.twin import Twin, find_cuts, shorten_configs, thin_twin
+from ..recipes import NormSpec, find_norms
+from .config import Inputs, PatchConfig, Patterns, check_model, resolve_inputs, select
+from .plan import PatchPlan, Site, site_table
+from .verdicts import judge, with_probe
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +38,9 @@ def plan_patch(
     strategy: str = "auto",
     post_norm: str | None = None,
     inputs: Inputs = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    hold: str | Sequence[str] = (),
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    hold: Patterns = (),
     autocast_output: str = "auto",
     twin: str = "auto",
     verify: bool = True,
@@ -66,19 +55,10 @@ def plan_patch(
         >>> plan.summary()
         '1 norm sites -> rmsnorm, strategy direct: 0 exact, 1 approximate, 0 kept'
     """
-    return make_plan(
-        model,
-        norm,
-        p=p,
-        strategy=strategy,
-        post_norm=post_norm,
-        inputs=inputs,
-        include=include,
-        exclude=exclude,
-        hold=hold,
-        autocast_output=autocast_output,
-        twin=twin,
-    ).plan
+    config = PatchConfig(
+        norm, p, strategy, post_norm, include, exclude, hold, autocast_output, twin, verify
+    )
+    return make_plan(model, config, inputs).plan
 
 
 @dataclass
@@ -99,59 +79,47 @@ class Planned:
     twin: Twin | None = None
 
 
-def make_plan(
-    model: nn.Module,
-    norm: str,
-    *,
-    p: float | None,
-    strategy: str,
-    post_norm: str | None,
-    inputs: Inputs,
-    include: str | Sequence[str] | None,
-    exclude: str | Sequence[str] | None,
-    hold: str | Sequence[str],
-    autocast_output: str,
-    twin: str,
-) -> Planned:
+def make_plan(model: nn.Module, config: PatchConfig, inputs: Inputs) -> Planned:
     """`plan_patch`, with what the plan was found with."""
-    model = unwrap(model)
-    share = check_arguments(model, norm, p, strategy)
-    check_post_norm(post_norm, strategy)
-    check_choice("autocast_output", autocast_output, AUTOCAST_OUTPUTS)
-    check_choice("twin", twin, TWINS)
-    held = check_hold(hold, strategy)
+    model = check_model(model)
     found = find_norms(model)
-    chosen = select(found, include, exclude)
-    sites = {
-        name: judge(name, model.get_submodule(name), reading, share, name in chosen, strategy)
+    chosen = select(found, config.include, config.exclude)
+    judged = tuple(
+        judge(name, model.get_submodule(name), reading, config, name in chosen)
         for name, reading in found.items()
-    }
-    judged = tuple(sites.values())
-    plan = PatchPlan(norm, share, strategy, judged, hold=held)  # type: ignore[arg-type]
+    )
+    plan = PatchPlan(
+        config.norm,  # type: ignore[arg-type]
+        float(config.share),
+        config.strategy,  # type: ignore[arg-type]
+        judged,
+        hold=config.held,
+    )
     targets = layernorms(judged)
     kwargs = [] if inputs is None else resolve_inputs(model, inputs)
     planned = Planned(plan, kwargs, model, plan)
-    if targets and strategy != "direct":
+    if targets and config.strategy != "direct":
         require_plain_weights(model)
         more = None
         if not kwargs:
-            kwargs = resolve_inputs(model, None, held)
+            kwargs = resolve_inputs(model, None, config.held)
             more = functools.partial(optional_inputs, model, dict(kwargs[0]))
 
         def search(subject: nn.Module, targets: Mapping[str, NormSpec]) -> ProbeResult:
-            result = probe(subject, targets, kwargs, more, held)
-            absorb, widen = strategy == "auto", post_norm == "extra_neuron"
-            if result.kept.keys() & result.leftover.keys() and (absorb or widen):
-                result = improve(
-                    subject, targets, kwargs, result, absorb=absorb, widen=widen, hold=held
-                )
+            result = probe(subject, targets, kwargs, more, config.held)
+            how: Any = {
+                "absorb": config.strategy == "auto",
+                "widen": config.post_norm == "extra_neuron",
+            }
+            if result.kept.keys() & result.leftover.keys() and any(how.values()):
+                result = improve(subject, targets, kwargs, result, **how, hold=config.held)
             return result
 
-        planned = plan_on_twin(model, plan, kwargs, search, twin) or plan_on_model(
+        planned = plan_on_twin(model, plan, kwargs, search, config.twin) or plan_on_model(
             model, plan, kwargs, search
         )
     require_work(planned.plan)
-    return with_autocast(planned, autocast_output)
+    return with_autocast(planned, config.autocast_output)
 
 
 def layernorms(sites: Iterable[Site]) -> dict[str, NormSpec]:
@@ -258,83 +226,6 @@ def pruned(model: nn.Module, result: ProbeResult) -> tuple[str, ...]:
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     shares = {f.parameter: (tensors[f.parameter] == 0).double().mean() for f in result.folds}
     return tuple(name for name, share in shares.items() if PRUNED < share < 1)
-
-
-def judge(
-    name: str,
-    module: nn.Module,
-    reading: NormSpec | Unreadable,
-    p: float,
-    chosen: bool,
-    strategy: str,
-) -> Site:
-    """The verdict on one site when no weight may be touched (the paper's drop-in)."""
-    class_name = type(module).__name__
-    if isinstance(reading, Unreadable):
-        return Site(name, class_name, "kept", reading.reason)
-    if not chosen:
-        return Site(name, class_name, "kept", "left out by include/exclude", reading)
-    if getattr(module, "is_hf_rmsnorm", False):
-        before = getattr(module, "p", 1.0)
-        if before == p:
-            return Site(name, class_name, "kept", f"is hf_rmsnorm's {class_name} already", reading)
-        reason = f"statistic from {p:.4g} of the features instead of {before:.4g}"
-        verdict: Verdict = "kept" if strategy == "exact" else "approximate"
-        return Site(name, class_name, verdict, reason, reading)
-    partial = partial_statistic(reading, p)
-    if reading.kind == "layernorm":
-        reason = f"centring dropped{partial and '; ' + partial}"
-        return Site(name, class_name, "approximate", reason, reading)
-    if partial:
-        return Site(name, class_name, "approximate", partial, reading)
-    reason = "already RMSNorm: same formula, our kernel"
-    return Site(name, class_name, "exact", reason, reading, mean_free=True)
-
-
-def partial_statistic(spec: NormSpec, p: float) -> str:
-    """How many features the statistic sees, in words; empty where it sees all."""
-    if p == 1:
-        return ""
-    if not spec.normalized_shape:  # a norm without weights does not state its width
-        return f"statistic from {p:.4g} of the features"
-    hidden = math.prod(spec.normalized_shape)
-    return f"statistic from {statistic_size(hidden, p)} of {hidden} features"
-
-
-def with_probe(site: Site, result: ProbeResult, plan: PatchPlan) -> Site:
-    """The verdict on a LayerNorm after the probe."""
-    assert site.spec is not None
-    name, partial = site.name, partial_statistic(site.spec, plan.p)
-    leftover = result.leftover.get(name)
-    if name in result.uncalled:
-        reason = "never reached by the probe inputs: pass inputs= that reach it"
-        return replace(site, verdict="kept", reason=reason)
-    if name in result.exact:
-        if partial:
-            reason = f"{result.exact[name]}; {partial}"
-            return replace(site, reason=reason, mean_free=True, leftover=leftover)
-        reason = result.exact[name]
-        if missing := result.unproven.get(name):
-            reason = (
-                f"exact on the paths probed; {missing} was never reached: pass inputs= that reach "
-                f"it ({reason})"
-            )
-            if plan.strategy == "exact":
-                return replace(site, verdict="kept", reason=reason, leftover=leftover)
-        return replace(
-            site,
-            verdict="exact",
-            reason=reason,
-            mean_free=True,
-            leftover=leftover,
-            unproven=bool(missing),
-        )
-    reason = result.kept[name]
-    if plan.strategy == "exact":
-        return replace(site, verdict="kept", reason=reason, leftover=leftover)
-    mean = "" if leftover is None else f", |mean|/rms up to {leftover:.2g}"
-    reason = f"centring dropped{mean}: {reason}{partial and '; ' + partial}"
-    return replace(site, reason=reason, leftover=leftover)
 
 
 def with_autocast(planned: Planned, output: str) -> Planned:

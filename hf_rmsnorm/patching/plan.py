@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from .errors import PatchError
-from .fields import Limit, Share
-from .probing import Center, Fold, LayerScale
-from .probing.facts import Absorb, Widen
-from .recipes import NormSpec
-from .validation import read_fields
+from ..errors import PatchError
+from ..fields import Limit, Share
+from ..names import layer_pattern, pattern_list
+from ..probing import Center, Fold, LayerScale
+from ..probing.facts import Absorb, Widen
+from ..recipes import NormSpec
+from ..validation import read_fields
 
 FORMAT_VERSION = 1
 
@@ -211,19 +212,6 @@ def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
         return tuple(map(convert, value)) if isinstance(value, list) else value
 
     return {key: convert(value) for key, value in data.items()}
-
-
-def layer_pattern(name: str) -> str:
-    """A module path with the numbers of layers as `*`: `h.3.ln_1` gives `h.*.ln_1`."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def pattern_list(names: Iterable[str]) -> list[str]:
-    """The names, those that differ in the numbers of layers alone as one with `*`."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(layer_pattern(name), []).append(name)
-    return [pattern if len(group) > 1 else group[0] for pattern, group in groups.items()]
 
 
 def site_table(sites: Iterable[Site]) -> str:

@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .applying import folded_weights
-from .checking import check_fits, fold_faults
-from .errors import PatchError
-from .plan import PatchPlan, Site, check_plan, layer_pattern
-from .probing import Center, Fold, LayerScale
-from .probing.facts import Absorb, Widen, extended
-from .recipes import find_norms
-from .recipes.check import shape_of
+from ..errors import PatchError
+from ..names import layer_pattern
+from ..probing import Center, Fold, LayerScale
+from ..probing.facts import Absorb, Widen, extended
+from ..recipes import find_norms
+from ..recipes.check import shape_of
+from .apply import folded_weights
+from .check import check_fits, fold_faults
+from .plan import PatchPlan, Site, check_plan
 
 Item = TypeVar("Item", Site, Fold, Center, LayerScale)
 Tie = TypeVar("Tie", Absorb, Widen)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..errors import PatchError
+from ..probing import Fold
+from ..recipes.check import shape_of
 from .changes import get_tensor
-from .errors import PatchError
 from .plan import PatchPlan, check_plan
-from .probing import Fold
-from .recipes.check import shape_of
 
 Shape = tuple[int, ...]
 

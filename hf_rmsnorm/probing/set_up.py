@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import PatchError
 from ..recipes import NormSpec
-from .bench import TOLERANCES, Bench, norm_axis, reference_norm
 from .copies import elements, plain_copy
 from .outputs import Outputs, cast_inputs, is_named, model_place
 from .reach import beyond, touching
+from .workbench import TOLERANCES, Bench, norm_axis, reference_norm
 
 # Makes further inputs, given the lengths that the weights out of reach have.
 More = Callable[[Sequence[int]], Iterable[Mapping[str, Any]]]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PatchError
-from .probing.facts import extended
+from ..errors import PatchError
+from ..probing.facts import extended
 
 
 class _Absent(enum.Enum):
