@@ -5,6 +5,7 @@
 >>> model = patch_model(nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), strategy="direct")
 """
 
+from importlib import import_module
 from typing import Any
 
 from . import functional as functional
@@ -29,9 +30,37 @@ __version__ = "0.1.0"
 connect()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "from_pretrained":  # needs transformers, which the rest does not
-        from .hub.loading import from_pretrained
+__all__ = [
+    "PartialRMSNorm",
+    "PatchError",
+    "PatchPlan",
+    "PatchReport",
+    "RMSNorm",
+    "Site",
+    "VerificationError",
+    "__version__",
+    "apply_plan",
+    "fit_plan",
+    "fold_shard",
+    "from_pretrained",
+    "functional",
+    "hub",
+    "patch_model",
+    "patch_report",
+    "plan_patch",
+    "unpatch_model",
+]
 
-        return from_pretrained
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Which need transformers, as the rest does not.
+_LAZY = {"from_pretrained": ".hub.loading", "hub": ".hub"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LAZY[name], __name__)
+    return module if name == "hub" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -19,30 +19,24 @@ import torch
 from torch import nn
 
 from . import ops
+from .cli_options import parser
 from .errors import PatchError, VerificationError
 from .patching import patch_model, patch_report
-from .patching.config import (
-    AUTOCAST_OUTPUTS,
-    NORMS,
-    POST_NORMS,
-    STRATEGIES,
-    TWINS,
-    PatchConfig,
-    resolve_inputs,
-)
+from .patching.config import PatchConfig, resolve_inputs
 from .patching.decide import plan_patch
 from .probing import relative_change, run_outputs
 
 PLAN_FILE = "hf_rmsnorm_plan.json"
-PROCESSORS = ("*token*", "*processor*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 1 (verify: they differ) or 2 (an error)."""
-    arguments = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", message=r".*changed approximately", category=UserWarning)
+    arguments = parser(COMMANDS).parse_args(argv)
     try:
-        status = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = _show_warning
+            status = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -57,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    print(f"hf-rmsnorm: warning: {message}", file=sys.stderr)
+
+
 def inspect(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     plan = plan_patch(_load(arguments.model, arguments), **_patch_arguments(arguments))
@@ -66,6 +64,7 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def patch(arguments: argparse.Namespace) -> int:
     """Write the patched checkpoint; beside first, so that a failure leaves nothing half-written."""
+    from .hub.companions import copy_companions
     from .hub.folders import check_replaceable, move_into
     from .hub.moving import staging
 
@@ -82,7 +81,7 @@ def patch(arguments: argparse.Namespace) -> int:
         if (out / "README.md").is_file():  # saving merges a card that is there
             shutil.copy2(out / "README.md", staged)
         model.save_pretrained(staged)
-        _copy_processor(arguments.model, staged)
+        copy_companions(arguments.model, staged)
         (staged / PLAN_FILE).write_text(report.plan.to_json() + "\n", encoding="utf-8")
         move_into(staged, out, replace=True)
     print(report)
@@ -211,139 +210,11 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
     return model.eval()
 
 
-def _copy_processor(source: str, target: Path) -> None:
-    """Tokenizer or processor files, where the source has them."""
-    from transformers import AutoProcessor, AutoTokenizer
-
-    folder = Path(source)
-    if folder.is_dir() and not any(path for glob in PROCESSORS for path in folder.glob(glob)):
-        return  # from the model's type alone, transformers would make up an empty one
-    for auto in (AutoProcessor, AutoTokenizer):
-        with contextlib.suppress(OSError, ValueError, ImportError, KeyError):
-            auto.from_pretrained(source).save_pretrained(target)
-            return
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-rmsnorm",
-        description="LayerNorm to RMSNorm or pRMSNorm in Hugging Face models.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    trusting = argparse.ArgumentParser(add_help=False)
-    trusting.add_argument(
-        "--trust-remote-code", dest="trust", action="store_true", help="run the repository's code"
-    )
-    loading = argparse.ArgumentParser(add_help=False, parents=[trusting])
-    loading.add_argument("model", help="checkpoint folder or hub name")
-    loading.add_argument("--dtype", default="auto", help="dtype to load in (default: as saved)")
-    loading.add_argument(
-        "--new-weights",
-        nargs="+",
-        default=(),
-        metavar="GLOB",
-        help="weights that may be missing, and then start at random",
-    )
-
-    patching = argparse.ArgumentParser(add_help=False)
-    patching.add_argument("--norm", choices=NORMS, default="rmsnorm", help="default: rmsnorm")
-    patching.add_argument(
-        "--p", type=float, help="share of the features in pRMSNorm's statistic (default: 0.0625)"
-    )
-    patching.add_argument("--strategy", choices=STRATEGIES, default="auto", help="default: auto")
-    patching.add_argument(
-        "--post-norm",
-        choices=POST_NORMS,
-        help="make norms after feed-forward blocks exact by one more hidden unit in each block",
-    )
-    patching.add_argument("--include", nargs="+", metavar="GLOB", help="only these norm sites")
-    patching.add_argument("--exclude", nargs="+", metavar="GLOB", help="not these norm sites")
-    patching.add_argument(
-        "--hold",
-        nargs="+",
-        metavar="GLOB",
-        default=(),
-        help='outputs that must not move beside the main ones, by name, such as "hidden_states"',
-    )
-    patching.add_argument(
-        "--twin",
-        choices=TWINS,
-        default="auto",
-        help="probe a thin twin with a few of each kind of layer (default: for large models)",
-    )
-
-    patching.add_argument(
-        "--autocast-output",
-        choices=AUTOCAST_OUTPUTS,
-        default="auto",
-        help="dtype of the norms' outputs under autocast (default: auto)",
-    )
-    patching.add_argument(
-        "--no-verify",
-        dest="verify",
-        action="store_false",
-        help="do not run what is called exact before it is written",
-    )
-
-    command = commands.add_parser(
-        "inspect", parents=[loading, patching], help="print what a patch would do, and why"
-    )
-    command.add_argument("--json", action="store_true", help="the whole plan as JSON")
-    command.add_argument(
-        "--random-weights",
-        action="store_true",
-        help="judge the architecture by its config alone, with random weights",
-    )
-    command.set_defaults(run=inspect)
-
-    command = commands.add_parser(
-        "patch", parents=[loading, patching], help="write the patched checkpoint"
-    )
-    command.add_argument("out", help="folder to write")
-    command.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace the checkpoint there; its card is merged, what is no checkpoint's stays",
-    )
-    command.set_defaults(run=patch)
-
-    command = commands.add_parser(
-        "verify",
-        parents=[loading],
-        help="compare two checkpoints' outputs; status 1 if they differ",
-    )
-    command.add_argument("other", help="the second checkpoint")
-    command.add_argument("--precision", choices=("float64", "float32"), default="float64")
-    command.add_argument("--tolerance", type=float, default=1e-5, help="default: %(default)s")
-    command.set_defaults(run=verify)
-
-    command = commands.add_parser(
-        "card", help="write the model card of a checkpoint, with the results of a run"
-    )
-    command.add_argument(
-        "run_dir", help="what finetune_clm.py or compare.py wrote, or just a patched checkpoint"
-    )
-    command.add_argument(
-        "--checkpoint",
-        help="the patched checkpoint, if it is not the run's; its README.md is merged",
-    )
-    command.add_argument("--arm", help="arm of a comparison (default: the checkpoint's)")
-    command.add_argument("--base-model", help="hub name of the model that was patched")
-    command.add_argument("--out", help="write this file, not the checkpoint's README.md")
-    command.set_defaults(run=card)
-
-    command = commands.add_parser(
-        "push", parents=[trusting], help="upload a checkpoint, after checking that it loads"
-    )
-    command.add_argument("folder", help="checkpoint folder")
-    command.add_argument("repo", help="hub name, USER/NAME")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
-    command.add_argument("--revision", help="branch to upload to, made if it does not exist")
-    command.add_argument("--commit-message", "--commit_message", help="what the commit says")
-    command.add_argument("--exclude", nargs="+", metavar="GLOB", help="files to leave out")
-    command.set_defaults(run=push)
-
-    command = commands.add_parser("env", help="versions and backends, for bug reports")
-    command.set_defaults(run=env)
-    return parser
+COMMANDS = {
+    "inspect": inspect,
+    "patch": patch,
+    "verify": verify,
+    "card": card,
+    "push": push,
+    "env": env,
+}

@@ -278,3 +278,40 @@ def test_weights_that_are_missing_are_named(
         assert "transformer.h.1.mlp.c_fc.bias among them" in capsys.readouterr().err
         assert not out.exists()
     assert main(["inspect", str(checkpoint), "--new-weights", "*.c_fc.bias"]) == 0
+
+
+def test_what_lies_beside_the_weights_comes_along(checkpoint: Path, tmp_path: Path) -> None:
+    source, out = checkpoint, tmp_path / "out"
+    kept = {
+        "modules.json": "[]",
+        "1_Pooling/config.json": "{}",
+        "2_Dense/model.safetensors": "weights of its own",
+        "LICENSE": "free",
+        "chat_template.jinja": "{{ messages }}",
+    }
+    left = {
+        "onnx/model.onnx": "the unpatched model",
+        "pytorch_model.bin": "the unpatched model, again",
+        "optimizer.pt": "of a training",
+        "checkpoint-3/trainer_state.json": "{}",
+        ".cache/notes": "hidden",
+    }
+    for name, text in {**kept, **left}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    assert main(["patch", str(source), str(out)]) == 0
+    assert all((out / name).read_text() == text for name, text in kept.items())
+    assert not [name for name in left if (out / name).exists()]
+    assert (out / "config.json").is_file() and (out / "hf_rmsnorm_plan.json").is_file()
+
+
+def test_warnings_are_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--norm", "prmsnorm", "--p", "0.5"]
+    assert main(["patch", str(checkpoint), str(tmp_path / "out"), *arguments]) == 0
+    said = capsys.readouterr().err
+    assert "norm sites were changed approximately" in said
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"hf_rmsnorm {hf_rmsnorm.__version__}\n"

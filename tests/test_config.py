@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_rmsnorm import PatchError, cli, patch_model, plan_patch
+from hf_rmsnorm.cli_options import parser
 from hf_rmsnorm.patching.config import PatchConfig
 
 DEFAULTS = {field.name: field.default for field in fields(PatchConfig)}
@@ -28,7 +29,7 @@ def test_the_calls_take_what_a_config_holds() -> None:
 
 @pytest.mark.parametrize("command", [["inspect", "gpt2"], ["patch", "gpt2", "out"]])
 def test_the_command_line_takes_what_a_config_holds(command: list[str]) -> None:
-    given: argparse.Namespace = cli._parser().parse_args(command)
+    given: argparse.Namespace = parser(cli.COMMANDS).parse_args(command)
     rest = {**DEFAULTS}
     del rest["keep_originals"]  # of a model that is written and gone
     assert cli._patch_arguments(given) == rest

@@ -22,6 +22,7 @@ LAYERS = [
     {"probing", "layers"},
     {"patching"},
     {"_transformers", "hub"},
+    {"cli_options"},
     {"cli", "__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

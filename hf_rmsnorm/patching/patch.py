@@ -90,6 +90,7 @@ def patch_model(
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> from hf_rmsnorm import patch_report
         >>> net = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
         >>> patch_model(net, inputs={"input": torch.randn(3, 6)})[1]
         RMSNorm((4,), eps=1e-05, bias=True)
