@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from .patching.config import PatchConfig, resolve_inputs
 from .patching.decide import plan_patch
 from .probing import relative_change, run_outputs
 
+logger = logging.getLogger(__name__)
+
 PLAN_FILE = "hf_rmsnorm_plan.json"
 
 
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 1 (verify: they differ) or 2 (an error)."""
     arguments = parser(COMMANDS).parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _telling(getattr(arguments, "quiet", True)):
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning
             status = arguments.run(arguments)
@@ -49,6 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PatchError, VerificationError, OSError, ValueError, ImportError) as error:
         print(f"hf-rmsnorm {arguments.command}: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _telling(quiet: bool) -> Iterator[None]:
+    """What the package logs of its progress, on stderr, with the seconds since the start."""
+    logger, start = logging.getLogger("hf_rmsnorm"), time.perf_counter()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seconds = time.perf_counter() - start
+            print(f"[{seconds:6.1f} s] {record.getMessage()}", file=sys.stderr, flush=True)
+
+    handler, level = Handler(logging.INFO), logger.level
+    if not quiet:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -77,6 +102,7 @@ def patch(arguments: argparse.Namespace) -> int:
         check_replaceable(out)
     model: Any = patch_model(_load(arguments.model, arguments), **_patch_arguments(arguments))
     report = patch_report(model)
+    logger.info("writing %s", out)
     with staging(out) as staged:
         if (out / "README.md").is_file():  # saving merges a card that is there
             shutil.copy2(out / "README.md", staged)
@@ -187,6 +213,7 @@ def _load(path: str, arguments: argparse.Namespace) -> Any:
     from .hub.weights import named_class, typed_errors
 
     check_exists(path)
+    logger.info("loading %s", path)
     transformers.utils.logging.disable_progress_bar()
     if not getattr(arguments, "random_weights", False):
         return from_pretrained(

@@ -26,6 +26,7 @@ def parser(run: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.A
     )
     loading = argparse.ArgumentParser(add_help=False, parents=[trusting])
     loading.add_argument("model", help="checkpoint folder or hub name")
+    loading.add_argument("--quiet", action="store_true", help="say nothing of the progress")
     loading.add_argument("--dtype", default="auto", help="dtype to load in (default: as saved)")
     loading.add_argument(
         "--new-weights",

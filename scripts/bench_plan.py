@@ -4,7 +4,7 @@
     python scripts/bench_plan.py --depths 12 --widths 768 --out plan.json
 
 Each point is a GPT-2 with random weights in a process of its own: wall time of `plan_patch` and of
-`patch_model` (which plans, verifies on copies and patches), and the process's peak resident memory,
+`patch_model` (which plans, verifies and patches), and the process's peak resident memory,
 of which the model itself and the libraries are part ("before"). The last line is one JSON document.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 
-def measure(depth: int, width: int, vocabulary: int, threads: int) -> dict[str, Any]:
+def measure(depth: int, width: int, vocabulary: int, threads: int, twin: str) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -42,13 +42,14 @@ def measure(depth: int, width: int, vocabulary: int, threads: int) -> dict[str, 
             parameter.add_(0.02 * torch.randn_like(parameter))
     before = peak_gib()
     start = time.perf_counter()
-    plan = hf_rmsnorm.plan_patch(model)
+    plan = hf_rmsnorm.plan_patch(model, twin=twin)
     planned, plan_peak = time.perf_counter() - start, peak_gib()
     start = time.perf_counter()
-    hf_rmsnorm.patch_model(model)
+    hf_rmsnorm.patch_model(model, twin=twin)
     return {
         "depth": depth,
         "width": width,
+        "twin": plan.twin,
         "parameters": sum(p.numel() for p in model.parameters()),
         "plan_s": round(planned, 2),
         "patch_s": round(time.perf_counter() - start, 2),
@@ -72,6 +73,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 768])
     parser.add_argument("--vocabulary", type=int, default=50257)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--twin", choices=("auto", "never", "always"), default="auto", help="as of patch_model"
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
 
@@ -85,7 +89,7 @@ def main() -> None:
     for width in arguments.widths:
         for depth in arguments.depths:
             with spawn.Pool(1) as pool:
-                point = (depth, width, arguments.vocabulary, arguments.threads)
+                point = (depth, width, arguments.vocabulary, arguments.threads, arguments.twin)
                 rows.append(pool.apply(measure, point))
             print("  ".join(f"{rows[-1][name]:>13}" for name in columns), flush=True)
     document = {

@@ -137,6 +137,7 @@ Search = Callable[[nn.Module, Mapping[str, NormSpec]], ProbeResult]
 def plan_on_model(
     model: nn.Module, plan: PatchPlan, kwargs: list[Mapping[str, Any]], search: Search
 ) -> Planned:
+    logger.info("probing the model: %.3g million weights", elements(model) / 1e6)
     result = search(model, layernorms(plan.sites))
     plan = with_result(plan, result, pruned(model, result))
     return Planned(plan, kwargs, model, plan)
@@ -167,6 +168,7 @@ def plan_on_twin(
     small = replace(
         plan, sites=tuple(replace(sites[full[0]], name=n) for n, full in stood_for.items())
     )
+    logger.info("probing a thin twin: %s", twin)
     try:
         result = _searched(twin, search, layernorms(small.sites), kwargs)
     except PatchError as error:
@@ -240,6 +242,7 @@ def with_autocast(planned: Planned, output: str) -> Planned:
             for site in planned.subject_plan.sites
             if site.verdict != "kept" and site.spec and not site.spec.returns_weight_dtype
         }
+        logger.info("looking for norms that may write autocast's dtype")
         for name in direct_sites(planned.subject, upcast, planned.inputs):
             chosen |= dict.fromkeys(twin.names(name) if twin else [name], "autocast")
     sites = (replace(s, autocast_output=chosen.get(s.name, "float32")) for s in plan.sites)

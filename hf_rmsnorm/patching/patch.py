@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import torch
@@ -18,6 +19,8 @@ from .state import STATE, PatchState, on_patched, whole
 from .undo import undo, unpatch_model
 from .verify import Measurement, verify_in_place
 from .verify import verify as verify_plan
+
+logger = logging.getLogger(__name__)
 
 
 def patch_model(
@@ -211,6 +214,7 @@ def apply_plan(
     record = PatchState(plan, measured)
     try:
         model.__dict__[STATE] = record
+        logger.debug("folding %d weights", len(plan.folds))
         fold_weights(model, plan, record.changes)
         changed = [site for site in plan.sites if site.verdict != "kept"]
         swap_norms(model, plan, changed, record.changes)

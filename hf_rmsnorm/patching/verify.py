@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from ..probing import plain_copy, relative_change, run_outputs
 from ..probing.outputs import model_place
 from ..probing.set_up import require_finite
 from .plan import PatchPlan
+
+logger = logging.getLogger(__name__)
 
 Inputs = Sequence[Mapping[str, Any]]
 Apply = Callable[[nn.Module, PatchPlan], None]
@@ -69,6 +72,7 @@ def verify(model: nn.Module, plan: PatchPlan, inputs: Inputs, apply: Apply) -> M
         VerificationError: the exact part moves the outputs by more than rounding.
     """
     precise, (dtype, _) = getattr(torch, plan.precision), model_place(model)
+    logger.info("verifying on copies, in %s and %s", plan.precision, str(dtype).split(".")[-1])
 
     def copied(dtype: torch.dtype) -> nn.Module:
         return plain_copy(model, dtype, every_adapter=True)
@@ -153,6 +157,7 @@ def verify_in_place(
     """
     dtype, _ = model_place(model)
     exact = exact_part(plan)
+    logger.info("verifying the whole model in place, in %s", str(dtype).split(".")[-1])
     before = outputs_as_it_is(model, inputs, plan.hold)
     if any(x.isnan().any() or not x.isfinite().any() for x in before):
         require_finite(model)
