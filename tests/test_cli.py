@@ -83,7 +83,7 @@ def test_models_that_cannot_be_compared(
         assert main(["verify", *map(str, pair)]) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len([x for x in lines if not x.startswith("[")]) == 1 and message in lines[-1]
-        assert f"{pair[0]} and {pair[1]} cannot be compared" in lines[0]
+        assert f"{pair[0]} and {pair[1]} cannot be compared" in lines[-1]
 
 
 def test_the_only_copy_of_the_unpatched_model_is_not_replaced(
