@@ -14,17 +14,21 @@ import harness  # noqa: F401  first, so that it can say what is missing
 
 # isort: split
 import argparse
+import contextlib
 import datetime
 import json
 import multiprocessing
 import platform
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def measure(depth: int, width: int, vocabulary: int, threads: int, twin: str) -> dict[str, Any]:
+def measure(
+    depth: int, width: int, vocabulary: int, threads: int, twin: str, dtype: str
+) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -36,7 +40,9 @@ def measure(depth: int, width: int, vocabulary: int, threads: int, twin: str) ->
         n_layer=depth, n_embd=width, n_head=width // 64, vocab_size=vocabulary, n_positions=1024
     )
     config.bos_token_id = config.eos_token_id = vocabulary - 1
-    model = transformers.GPT2LMHeadModel(config).eval()
+    config.dtype = dtype
+    with default_dtype(getattr(torch, dtype)):
+        model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -49,6 +55,7 @@ def measure(depth: int, width: int, vocabulary: int, threads: int, twin: str) ->
     return {
         "depth": depth,
         "width": width,
+        "dtype": dtype,
         "twin": plan.twin,
         "parameters": sum(p.numel() for p in model.parameters()),
         "plan_s": round(planned, 2),
@@ -59,6 +66,18 @@ def measure(depth: int, width: int, vocabulary: int, threads: int, twin: str) ->
         "exact": plan.count("exact"),
         "sites": len(plan.sites),
     }
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: Any) -> Iterator[None]:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def peak_gib() -> float:
@@ -76,6 +95,7 @@ def main() -> None:
     parser.add_argument(
         "--twin", choices=("auto", "never", "always"), default="auto", help="as of patch_model"
     )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     arguments = parser.parse_args()
 
@@ -89,8 +109,8 @@ def main() -> None:
     for width in arguments.widths:
         for depth in arguments.depths:
             with spawn.Pool(1) as pool:
-                point = (depth, width, arguments.vocabulary, arguments.threads, arguments.twin)
-                rows.append(pool.apply(measure, point))
+                how = (arguments.vocabulary, arguments.threads, arguments.twin, arguments.dtype)
+                rows.append(pool.apply(measure, (depth, width, *how)))
             print("  ".join(f"{rows[-1][name]:>13}" for name in columns), flush=True)
     document = {
         "rows": rows,

@@ -6,7 +6,8 @@
 "free" norms need weight folding only, "via" norms one of the k explicit mean subtractions, "kept"
 ones stay LayerNorm. "d64" and "d32" are the largest relative changes of an output, on inputs the
 probe has not seen: in float64 after the same conversion by the tests' own code, in float32 after
-`patch_model(strategy="exact")`; "floor" is the original's own float32 error. "seconds" is planning.
+`patch_model(strategy="exact")`, which keeps what is exact on the paths probed alone; "floor" is the
+original's own float32 error. "seconds" is planning.
 Nothing is downloaded; the models come from `tests/model_zoo`. The last line is one JSON document.
 """
 
@@ -18,6 +19,7 @@ import harness  # noqa: F401  first, so that it can say what is missing
 import argparse
 import copy
 import fnmatch
+import functools
 import json
 import sys
 import time
@@ -27,17 +29,19 @@ from typing import Any
 
 import torch
 import transformers
+from harness.results import machine
 from torch import nn
 
 import hf_rmsnorm
 from hf_rmsnorm.probing import plain_copy, probe, relative_change, rounding_gap, run_outputs
+from hf_rmsnorm.probing.optional_inputs import optional_inputs
 from hf_rmsnorm.recipes import NormSpec, find_norms
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "probing")]
 
 from conversion import convert  # noqa: E402
-from model_zoo import ZOO, build, inputs_for  # noqa: E402
+from model_zoo import INPUTS, ZOO, build, inputs_for  # noqa: E402
 
 FRESH = ((3, 11), (1, 7))
 
@@ -53,17 +57,21 @@ def change(before: nn.Module, after: nn.Module, inputs: list[dict[str, Any]]) ->
 def row(name: str) -> dict[str, Any]:
     model = build(name)
     inputs, fresh = inputs_for(name, model), inputs_for(name, model, FRESH, seed=50)
+    own = name in INPUTS  # inputs that a user would have to pass
+    more = None if own else functools.partial(optional_inputs, model, dict(inputs[0]))
     norms = {n: spec for n, spec in find_norms(model).items() if isinstance(spec, NormSpec)}
     start = time.perf_counter()
-    result = probe(model, norms, inputs)
+    result = probe(model, norms, inputs, more)
     seconds = time.perf_counter() - start
 
     double = plain_copy(convert(model, norms, result), torch.float64)
     d64 = change(plain_copy(model, torch.float64), double, fresh)
     d32, error = None, ""
-    if result.exact:
+    if result.exact.keys() - result.unproven.keys():
         try:
-            patched = hf_rmsnorm.patch_model(copy.deepcopy(model), strategy="exact", inputs=inputs)
+            patched = hf_rmsnorm.patch_model(
+                copy.deepcopy(model), strategy="exact", inputs=inputs if own else None
+            )
             d32 = change(model, patched, fresh)
         except Exception as problem:  # one model must not stop the table
             error = f"{type(problem).__name__}: {problem}"
@@ -75,6 +83,7 @@ def row(name: str) -> dict[str, Any]:
         "centers": len(result.centers),
         "via": via,
         "kept": len(result.kept),
+        "unproven": len(result.unproven),
         "d64": d64,
         "d32": d32,
         "floor": rounding_gap(model, fresh),
@@ -95,6 +104,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="*", default=["*"], help="names or patterns")
     parser.add_argument("--reasons", action="store_true", help="say why norms are kept")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     names = [n for n in ZOO if any(fnmatch.fnmatchcase(n, pattern) for pattern in args.models)]
     if not names:
@@ -122,7 +132,10 @@ def main() -> None:
         f"{len(rows)} models, {total['norms']} norms: {total['free']} free, {total['via']} via "
         f"{total['centers']} mean subtractions, {total['kept']} kept"
     )
-    print(json.dumps(rows))
+    document = {"environment": machine(torch.device("cpu"), None), "rows": rows}
+    if args.out:
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
     sys.exit(any(r["error"] for r in rows))
 
 

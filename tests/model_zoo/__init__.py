@@ -73,7 +73,7 @@ def _decision(model: nn.Module, batch: int, tokens: int, seed: int) -> dict[str,
 
 
 # What cannot be guessed from a signature and a config.
-_INPUTS: dict[str, Callable[[nn.Module, int, int, int], dict[str, Any]]] = {
+INPUTS: dict[str, Callable[[nn.Module, int, int, int], dict[str, Any]]] = {
     "canine": _ids,
     "decision-transformer": _decision,
     "musicgen-decoder": _ids,
@@ -86,9 +86,9 @@ def inputs_for(
     name: str, model: nn.Module, shapes: Sequence[tuple[int, int]] = SHAPES, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Probe inputs: made by the package, except for the few models where users pass their own."""
-    if name not in _INPUTS:
+    if name not in INPUTS:
         return make_inputs(model, shapes, seed)
-    return [_INPUTS[name](model, b, n, seed + i) for i, (b, n) in enumerate(shapes)]
+    return [INPUTS[name](model, b, n, seed + i) for i, (b, n) in enumerate(shapes)]
 
 
 def build(name: str) -> nn.Module:
