@@ -59,39 +59,50 @@ def direct_sites(model: nn.Module, upcast: Mapping[str, bool], inputs: Inputs) -
         module.register_forward_pre_hook(before(name))
         module.register_forward_hook(after(name))
 
-    def outputs(names: Collection[str]) -> list[Tensor]:
+    def outputs(names: Collection[str], inputs: Inputs = inputs) -> list[Tensor]:
         rounded.clear()
         rounded.update(names)
         with torch.autocast(device_type, _DTYPE):
             return run_outputs(twin, inputs)
+
+    sizes = [sum(x.numel() for x in k.values() if isinstance(x, Tensor)) for k in inputs]
+    smallest = [inputs[sizes.index(min(sizes))]]
 
     passing: set[str] = set(upcast)
     try:
         # all of eval first: training moves the statistics of other layers
         for training in (False, True):
             twin.train(training)
-            truth = outputs(())
+            truth, first = outputs(()), outputs((), smallest)
 
             def holds(names: Collection[str], truth: Sequence[Tensor] = truth) -> bool:
                 return _equal(outputs(names), truth)
 
-            passing = _unchanged(passing & called, holds)
+            def may_hold(names: Collection[str], truth: Sequence[Tensor] = first) -> bool:
+                return _equal(outputs(names, smallest), truth)
+
+            passing = _unchanged(passing & called, may_hold, holds)
     except Exception as error:  # a model's own forward may raise anything
         logger.info("norms stay float32 under autocast, where the model raises %r", error)
         return set()
     return passing
 
 
-def _unchanged(names: set[str], holds: Callable[[Collection[str]], bool]) -> set[str]:
-    """The largest part of `names`, in whole layer patterns, for which it `holds`."""
-    if not names or holds(names):
+def _unchanged(
+    names: set[str],
+    may_hold: Callable[[Collection[str]], bool],
+    holds: Callable[[Collection[str]], bool],
+) -> set[str]:
+    """The largest part of `names`, in whole layer patterns, for which it `holds`; what cannot hold
+    is found out on the smallest input."""
+    if not names or (may_hold(names) and holds(names)):
         return names
     patterns: dict[str, set[str]] = {}
     for name in names:
         patterns.setdefault(layer_pattern(name), set()).add(name)
     if len(patterns) == 1:
         return set()
-    good = set().union(*(group for group in patterns.values() if holds(group)))
+    good = set().union(*(group for group in patterns.values() if may_hold(group)))
     return good if good and holds(good) else set()
 
 

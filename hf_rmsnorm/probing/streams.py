@@ -169,12 +169,26 @@ def admissible(bench: Bench, chosen: Sequence[Center]) -> tuple[set[str], list[t
 
 
 def _fixed(
-    bench: Bench, centers: Sequence[Center], pending: set[str], which: int | None = None
-) -> set[str]:
-    """Which of the norms have no mean any more, on every input or on one."""
-    with centered(bench, centers):
+    bench: Bench,
+    centers: Sequence[Center],
+    pending: set[str],
+    which: int | None = None,
+    ports: Sequence[Center] = (),
+) -> tuple[set[str], set[Center]]:
+    """Which of the norms, and what passes which of the ports, has no mean any more: on every input
+    or on one."""
+    tol, worst = bench.tolerance.mean, dict.fromkeys(ports, 0.0)
+
+    def observe(port: Center, x: Tensor) -> Tensor:
+        if port in worst and is_float(x) and (rms := x.square().mean().sqrt().item()):
+            worst[port] = max(worst[port], x.mean(-1).abs().max().item() / rms)
+        return x
+
+    modules = sorted({port.module for port in ports})
+    with centered(bench, centers), editing(bench.model, modules, observe):
         means = bench.means(which)
-    return {name for name in pending if means.get(name, 1.0) < bench.tolerance.mean}
+    fixed = {name for name in pending if means.get(name, 1.0) < tol}
+    return fixed, {port for port, mean in worst.items() if mean < tol}
 
 
 def choose_centers(bench: Bench, confirmed: Callable[[Sequence[Center]], bool]) -> list[Center]:
@@ -189,12 +203,16 @@ def choose_centers(bench: Bench, confirmed: Callable[[Sequence[Center]], bool]) 
         best, serves = None, set[str]()
 
         which = bench.smallest(pending)
+        below: set[Center] = set()  # where nothing has a mean once a port before it is centred
         for port, later in ports:
-            if later <= max(len(serves), 1) or port in refused:
+            if later <= max(len(serves), 1) or port in refused | below:
                 continue
-            fixed = _fixed(bench, [*chosen, port], pending, which)
+            fixed, silent = _fixed(
+                bench, [*chosen, port], pending, which, [other for other, _ in ports]
+            )
+            below |= silent
             if len(fixed) > max(len(serves), 1) and which is not None:
-                fixed = _fixed(bench, [*chosen, port], pending)  # one input shows what is not fixed
+                fixed, _ = _fixed(bench, [*chosen, port], pending)  # one shows what is not fixed
             if len(fixed) > max(len(serves), 1):
                 best, serves = port, fixed
             if serves == pending:
