@@ -116,16 +116,25 @@ def _saving_config(
         else:
             config.auto_map = auto_map(native, base.__name__)
     ignored = model._keys_to_ignore_on_save
+    before = {"config": old, "_keys_to_ignore_on_save": ignored}
     try:
-        model.config = config
-        if stock is not None:  # LayerNorm may have it
-            model._keys_to_ignore_on_save = {*(ignored or ()), *_marks(model)}
-        if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
-            model.__class__ = base
-        yield
+        try:
+            model.config = config
+            if stock is not None:  # LayerNorm may have it
+                model._keys_to_ignore_on_save = {*(ignored or ()), *_marks(model)}
+            if stock is not None and base.is_remote_code():  # type: ignore[attr-defined]
+                model.__class__ = base
+            yield
+        finally:
+            _restore(model, cls, before)
     finally:
-        model.config, model.__class__ = old, cls
-        model._keys_to_ignore_on_save = ignored
+        _restore(model, cls, before)  # again, for what interrupted the first, Ctrl-C say
+
+
+def _restore(model: Any, cls: type, attributes: Mapping[str, Any]) -> None:
+    model.__class__ = cls
+    for name, value in attributes.items():
+        setattr(model, name, value)
 
 
 def _marks(model: Any) -> Iterator[str]:
