@@ -8,12 +8,9 @@ from pathlib import Path
 
 from transformers import AutoProcessor, AutoTokenizer
 
-# The unpatched model, in any format, and what a training left.
-_WEIGHTS = {
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"),
-    *(".onnx", ".onnx_data", ".xml", ".tflite", ".mlmodel", ".pkl"),
-}
+# The unpatched model in other formats; in any, and what a training left.
 _OTHER_MODELS = {".onnx", ".onnx_data", ".xml", ".h5", ".msgpack", ".gguf", ".tflite", ".mlmodel"}
+_WEIGHTS = _OTHER_MODELS | {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _OWN = {"config.json", "trainer_state.json", "hf_rmsnorm_plan.json"}
 _PROCESSORS = ("*token*", "*processor*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import VerificationError
 from ..probing import plain_copy, relative_change, run_outputs
-from ..probing.outputs import model_place
+from ..probing.outputs import are_sound, in_mode, model_place
 from ..probing.set_up import require_finite
 from .plan import PatchPlan
 
@@ -153,51 +153,37 @@ def verify_in_place(
 
     Raises:
         PatchError: a weight of a layer that the twin has not is nan or inf.
-        VerificationError: the exact part moves the outputs by more than rounding; undone.
+        VerificationError: the exact part moves the outputs by more than rounding.
+        Whatever is raised, the caller undoes what was applied.
     """
     dtype, _ = model_place(model)
     exact = exact_part(plan)
     logger.info("verifying the whole model in place, in %s", str(dtype).split(".")[-1])
     before = outputs_as_it_is(model, inputs, plan.hold)
-    if any(x.isnan().any() or not x.isfinite().any() for x in before):
+    if not are_sound(before):
         require_finite(model)
     apply(model, exact)
-    try:
-        change = own_error = relative_change(before, outputs_as_it_is(model, inputs, plan.hold))
-        # both sides are rounded, differently
-        allowed = 2 * depth * (ROUNDING_FACTOR * twin.rounding + 10 * torch.finfo(dtype).eps)
-        if not own_error <= allowed:
-            raise VerificationError(
-                f"the exact part of the patch moves the outputs by {own_error:.1e} in {dtype} "
-                f"(allowed: {allowed:.1e}), though not those of a thin twin ({plan.twin}). The "
-                'model is unchanged. Use twin="never", which probes every layer, and please '
-                "report this model"
-            )
-    except BaseException:
-        undo(model)
-        raise
+    change = own_error = relative_change(before, outputs_as_it_is(model, inputs, plan.hold))
+    # both sides are rounded, differently
+    allowed = 2 * depth * (ROUNDING_FACTOR * twin.rounding + 10 * torch.finfo(dtype).eps)
+    if not own_error <= allowed:
+        raise VerificationError(
+            f"the exact part of the patch moves the outputs by {own_error:.1e} in {dtype} "
+            f"(allowed: {allowed:.1e}), though not those of a thin twin ({plan.twin}). The "
+            'model is unchanged. Use twin="never", which probes every layer, and please '
+            "report this model"
+        )
     if exact != plan:
         undo(model)
         apply(model, plan)
-        try:
-            change = relative_change(before, outputs_as_it_is(model, inputs, plan.hold))
-        except BaseException:
-            undo(model)
-            raise
+        change = relative_change(before, outputs_as_it_is(model, inputs, plan.hold))
     return replace(twin, exact_part_own=own_error, change=change)
 
 
 def outputs_as_it_is(model: nn.Module, inputs: Inputs, hold: Sequence[str]) -> list[Tensor]:
     """`run_outputs` of the model itself, in eval mode for as long, and not compiled."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.compiler.set_stance("force_eager"):
-            return run_outputs(model, inputs, hold)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_mode(model, lambda module: False), torch.compiler.set_stance("force_eager"):
+        return run_outputs(model, inputs, hold)
 
 
 def _first_difference(

@@ -35,12 +35,7 @@ def plain_copy(model: nn.Module, dtype: torch.dtype, *, every_adapter: bool = Fa
         if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point():
             value = tensor.detach().to(dtype, copy=True)
             memo[id(tensor)] = nn.Parameter(value) if type(tensor) is nn.Parameter else value
-    for module in model.modules():
-        if (hook := vars(module).get("_hf_hook")) is not None:
-            memo[id(hook)] = hook  # holds weights; dropped below
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        own_methods(module)
+    twin = copy_without_hooks(model, memo)
     places = [t.device for t in tensors if t.is_floating_point()] or [torch.device("cpu")]
     nn.Module.to(twin.eval(), places[0], dtype)
     for module in twin.modules():
@@ -54,7 +49,18 @@ def plain_copy(model: nn.Module, dtype: torch.dtype, *, every_adapter: bool = Fa
     return twin
 
 
-def own_methods(module: nn.Module) -> None:
+def copy_without_hooks(model: nn.Module, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, without what accelerate hung on the modules."""
+    for module in model.modules():
+        if (hook := vars(module).get("_hf_hook")) is not None:
+            memo[id(hook)] = hook  # holds weights, and is dropped
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        _own_methods(module)
+    return twin
+
+
+def _own_methods(module: nn.Module) -> None:
     """Take off what accelerate hung on a module: its methods act on the module it was copied from,
     and move inputs to where that one's weights are."""
     own = vars(module)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -122,23 +122,34 @@ class _NoDropout(TorchFunctionMode):
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode, but for dropout and for layers that gather statistics."""
+def in_mode(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Each module in the mode that `training` says, for a while."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
-            module.training = getattr(module, "running_mean", None) is None
-        with _NoDropout():
-            yield
+            module.training = training(module)
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
 
 
+def _trains(module: nn.Module) -> bool:
+    """Not a layer that would gather statistics."""
+    return getattr(module, "running_mean", None) is None
+
+
 def call(model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
     """`model(**kwargs)`, in the mode that the kind of `kwargs` asks for."""
-    with _training(model) if isinstance(kwargs, Training) else nullcontext():
+    if not isinstance(kwargs, Training):
         return model(**kwargs)
+    with in_mode(model, _trains), _NoDropout():
+        return model(**kwargs)
+
+
+def are_sound(outputs: Iterable[Tensor]) -> bool:
+    """Whether there is something finite in each, and no nan."""
+    return all(x.isfinite().any() and not x.isnan().any() for x in outputs)
 
 
 def cast_inputs(value: Any, dtype: torch.dtype, device: torch.device) -> Any:

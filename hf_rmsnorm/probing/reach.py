@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -113,8 +112,8 @@ def unproven(bench: Bench, beyond_reach: Iterable[str]) -> dict[str, str]:
     for name in sorted(beyond_reach):
         for width in writable_widths(bench, name):
             by_width.setdefault(width, name)
-    found: dict[str, str] = defaultdict(str)
+    found: dict[str, str] = {}
     for norm, widths in bench.widths.items():
         for width in sorted(widths & by_width.keys()):
             found.setdefault(norm, by_width[width])
-    return dict(found)
+    return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import PatchError
 from ..recipes import NormSpec
 from .copies import elements, plain_copy
-from .outputs import Outputs, cast_inputs, is_named, model_place
+from .outputs import Outputs, are_sound, cast_inputs, is_named, model_place
 from .reach import beyond, touching
 from .workbench import TOLERANCES, Bench, norm_axis, reference_norm
 
@@ -117,7 +117,7 @@ def make_bench(
         outputs = [x for held, _ in bench.before for x in held.values()]
         if not outputs:
             raise PatchError("The model's forward returned no floating-point tensor to compare.")
-        if all(x.isfinite().any() and not x.isnan().any() for x in outputs):
+        if are_sound(outputs):
             _check_hold(bench)
             if more is not None:
                 _reach_more(bench, inputs, more)
@@ -178,7 +178,7 @@ def _reach_more(bench: Bench, inputs: list[Mapping[str, Any]], more: More) -> No
         bench.inputs.append(cast_inputs(kwargs, bench.dtype, bench.device))
         try:
             found = _first_run(bench, len(bench.inputs) - 1)
-            sound = all(x.isfinite().any() and not x.isnan().any() for x in found[0].values())
+            sound = are_sound(found[0].values())
         except Exception:  # this model does not take such inputs
             sound = False
         if sound and bench.touched & missing:
@@ -212,7 +212,7 @@ def _add_noise(bench: Bench) -> None:
     given = {name: leaves[name].data for name in noisy}
     bench.assign(noisy)
     before = bench.run()
-    if all(x.isfinite().any() and not x.isnan().any() for o, _ in before for x in o.values()):
+    if are_sound(x for held, _ in before for x in held.values()):
         bench.given, bench.given_before, bench.before = given, bench.before, before
     else:
         bench.assign(given)

@@ -7,7 +7,6 @@ stands for all; what is found on the twin is written out for every layer.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .copies import own_methods
+from .copies import copy_without_hooks
 from .facts import Absorb, Center, Fold, LayerScale, ProbeResult, Widen
 
 FEWEST = 4  # layers of a stack that is worth cutting
@@ -264,16 +263,11 @@ def thin_twin(model: nn.Module, cuts: Sequence[Cut]) -> Twin:
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
-    for module in model.modules():
-        if (hook := vars(module).get("_hf_hook")) is not None:
-            memo[id(hook)] = hook
     for cut in cuts:
         for i, layer in enumerate(model.get_submodule(cut.path).children()):
             if i not in cut.kept:
                 memo[id(layer)] = nn.Identity()
-    thin = copy.deepcopy(model, memo)
-    for module in thin.modules():
-        own_methods(module)
+    thin = copy_without_hooks(model, memo)
     for cut in cuts:
         stack = thin.get_submodule(cut.path)
         layers = list(stack._modules.values())
